@@ -1,0 +1,19 @@
+"""Quota usage of API keys, at ``/api/usage/token`` of any WSGI application."""
+
+from .authorization import bearer_key as bearer_key
+from .errors import ModelNotAllowed as ModelNotAllowed
+from .errors import OperationConflict as OperationConflict
+from .errors import OperationNotFound as OperationNotFound
+from .errors import QuotaError as QuotaError
+from .errors import QuotaExceeded as QuotaExceeded
+from .errors import StoreError as StoreError
+from .errors import TokenDisabled as TokenDisabled
+from .errors import TokenExpired as TokenExpired
+from .errors import TokenNotFound as TokenNotFound
+from .errors import UsageError as UsageError
+from .middleware import UsageMiddleware as UsageMiddleware
+from .stores.base import QuotaStore as QuotaStore
+from .stores.base import TokenStore as TokenStore
+from .stores.memory import MemoryTokenStore as MemoryTokenStore
+from .stores.sqlite import SQLiteTokenStore as SQLiteTokenStore
+from .tokens import Token as Token

@@ -1,0 +1,117 @@
+"""The WSGI middleware: every request passes through as it came, but those for one path, which are answered here.
+
+.. code-block:: python
+
+    app.wsgi_app = UsageMiddleware(app.wsgi_app, SQLiteTokenStore("tokens.db"))
+
+The order is the one in which a request goes through the package: authorization, store, token, response.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
+
+from .authorization import bearer_key, has_authorization
+from .errors import StoreError
+from .responses import Response, responses_by_origin
+from .stores.base import TokenStore
+from .tokens import Token
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+logger = logging.getLogger("usage_middleware")
+
+
+class UsageMiddleware:
+    """Answers ``GET /api/usage/token`` from a token store; any other request goes to the wrapped application.
+
+    :param app: the WSGI application to wrap.
+    :param store: where tokens are looked up: anything with a method ``get(key)`` that returns a :class:`Token` or
+        ``None``, a plain ``dict`` among them. It is asked with the key as :func:`bearer_key` gives it.
+    :param path: the path to answer, with and without a slash at its end, compared with ``PATH_INFO`` (so below
+        ``SCRIPT_NAME``, if the application is mounted under a prefix).
+    :param allow_origins: which web pages may read the answers (CORS): ``"*"`` for all, a collection of origins such
+        as ``"https://app.example"``, or ``()`` for none. All is a safe default: a key travels in a header that a
+        page must set itself, never in a cookie.
+    :raises TypeError, ValueError: an argument cannot be what it is meant to be.
+
+    What the store raises becomes a 503 and a line of the logger ``usage_middleware``, never an exception in the
+    host. That line holds the text of a :class:`StoreError`, and of any other exception its type and place alone,
+    as its text may quote the key.
+    """
+
+    def __init__(
+        self,
+        app: WSGIApplication,
+        store: TokenStore,
+        *,
+        path: str = "/api/usage/token",
+        allow_origins: str | Collection[str] = "*",
+    ) -> None:
+        if not callable(app):
+            raise TypeError(f"app must be a WSGI application, got {type(app).__name__}")
+        if not callable(getattr(store, "get", None)):
+            raise TypeError(f"store must have a method get(key), got {type(store).__name__}")
+        self.app = app
+        self.store = store
+        self._paths = _raw_paths(path)
+        self._responses, self._other_responses = responses_by_origin(allow_origins)
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        # PEP 3333: PATH_INFO may be absent where it would be empty.
+        if environ.get("PATH_INFO", "") not in self._paths:
+            return self.app(environ, start_response)
+
+        response = self._respond(environ)
+        # A list of its own: PEP 3333 lets the server and other middleware change it.
+        start_response(response.status, list(response.headers))
+        if environ["REQUEST_METHOD"] == "HEAD" or not response.body:
+            return []
+        return [response.body]
+
+    def _respond(self, environ: WSGIEnvironment) -> Response:
+        responses = self._responses.get(environ.get("HTTP_ORIGIN", ""), self._other_responses)
+        method = environ["REQUEST_METHOD"]
+        if method == "OPTIONS":
+            return responses.preflight(environ.get("HTTP_ACCESS_CONTROL_REQUEST_HEADERS", ""))
+        if method != "GET" and method != "HEAD":
+            return responses.method_not_allowed
+        key = bearer_key(environ)
+        if key is None:
+            return responses.invalid_bearer_token if has_authorization(environ) else responses.no_authorization
+        try:
+            token = self.store.get(key)
+            if token is None:
+                return responses.token_not_found
+            if not isinstance(token, Token):
+                raise StoreError(f"get() returned {type(token).__name__}, which is no Token")
+            if not token.enabled:
+                return responses.token_not_found
+            return responses.usage(token)
+        except Exception as error:
+            logger.error("%s", _failure(self.store, error, key))
+            return responses.service_unavailable
+
+
+def _raw_paths(path: str) -> tuple[str, str]:
+    """``path`` without and with a slash at its end, in the form of ``PATH_INFO`` (PEP 3333, "Unicode Issues")."""
+    if not isinstance(path, str):
+        raise TypeError(f"path must be a str, got {path!r}")
+    if not path.startswith("/") or "?" in path or "#" in path:
+        raise ValueError(f"path must begin with '/' and have no query, such as '/api/usage/token', got {path!r}")
+    raw = path.encode("utf-8").decode("latin-1").rstrip("/")
+    return raw, raw + "/"
+
+
+def _failure(store: object, error: Exception, key: str) -> str:
+    """What a store raised, as a text that does not hold ``key``, whatever the exception quotes."""
+    text = f"{type(store).__name__} failed: {type(error).__qualname__}"
+    if isinstance(error, StoreError) and key not in str(error):
+        text += f": {error}"
+    # Places, without source lines, values or the texts of chained exceptions.
+    places = (f"\n  {f.filename}:{f.lineno} in {f.name}" for f in traceback.extract_tb(error.__traceback__))
+    return text + "".join(places)

@@ -1,0 +1,236 @@
+"""What a store is: :class:`TokenStore` is all that the middleware needs, :class:`QuotaStore` what a host manages.
+
+The rules of a :class:`QuotaStore` are written here once. A store brings a :class:`Transaction` and three reads; it
+locks, loads, saves and commits, and knows no rule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, Final, Protocol, TypeVar
+
+from ..errors import TokenNotFound
+from ..tokens import Token, check_key, key_digest, key_hint, make_key, with_prefix
+
+MAX_INTEGER: Final = 2**63 - 1  # what a 64-bit column holds
+
+_PAGE_SIZE: Final = 1000
+_CHANGEABLE: Final = frozenset(
+    ("name", "unlimited_quota", "model_limits", "model_limits_enabled", "expires_at", "enabled")
+)
+_TOTALS: Final = frozenset(("total_available", "total_used", "total_granted"))
+
+_QuotaStore = TypeVar("_QuotaStore", bound="QuotaStore")
+
+
+class TokenStore(Protocol):
+    """All that the middleware needs of a store. A plain ``dict[str, Token]`` is one."""
+
+    def get(self, key: str, /) -> Token | None:
+        """The token of ``key``, or ``None`` where there is none. Changes nothing.
+
+        :param key: as :func:`bearer_key` gives it, one leading ``sk-`` stripped. The match is exact, case included.
+        :raises Exception: anything raised here becomes a 503.
+        """
+
+
+class Transaction(Protocol):
+    """One open write transaction of a store: nobody else writes between its loads and its saves.
+
+    It commits when its context ends, and undoes all of it when an exception leaves that context.
+    """
+
+    def load(self, token_id: int) -> Token | None:
+        """The token of that id."""
+
+    def save(self, token: Token) -> None:
+        """Replaces the token of ``token.id``; its key stays."""
+
+    def insert(self, token: Token, digest: bytes) -> int:
+        """Adds a token under a digest that :meth:`is_taken` denied. Returns its id, which is never given again."""
+
+    def rekey(self, token: Token, digest: bytes) -> None:
+        """Saves ``token`` under another digest, and retires the one that it had."""
+
+    def delete(self, token_id: int) -> None:
+        """Removes the token and retires its digest."""
+
+    def is_taken(self, digest: bytes) -> bool:
+        """Whether a token has this digest, or had it: a retired digest never returns."""
+
+
+class QuotaStore(ABC):
+    """A token store with the operations that hosts and operators need.
+
+    A host asks by key, in the form that :func:`bearer_key` gives (no ``sk-`` in front). An operator works by token
+    id. Every method may raise :class:`StoreError` where the database fails. What a method returned is committed.
+
+    Safe to use from several threads; a store over a database also from several processes, forked ones included.
+    """
+
+    # --- What a store brings.
+
+    @abstractmethod
+    def _transaction(self) -> AbstractContextManager[Transaction]:
+        """Opens a write transaction."""
+
+    @abstractmethod
+    def _get(self, digest: bytes) -> Token | None:
+        """The token of that digest: the request path, one look-up by index."""
+
+    @abstractmethod
+    def _find(self, token_id: int) -> Token | None:
+        """The token of that id."""
+
+    @abstractmethod
+    def _page(self, after: int, size: int) -> Sequence[Token]:
+        """Up to ``size`` tokens with an id greater than ``after``, by id."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives up what the store holds. Closing twice is fine, using a closed store is a :class:`StoreError`."""
+
+    # --- What the host application calls, by key.
+
+    def get(self, key: str, /) -> Token | None:
+        """The token of ``key``, or ``None``. One that is disabled is returned too, with ``enabled`` false."""
+        return self._get(key_digest(key))
+
+    # The ledger has its place here: charge, reserve, settle, refund; and grant and prune below.
+
+    # --- What an operator calls, by token id.
+
+    def create(
+        self,
+        *,
+        name: str = "",
+        total_available: int = 0,
+        unlimited_quota: bool = False,
+        model_limits: Mapping[str, int | bool] | None = None,
+        model_limits_enabled: bool | None = None,
+        expires_at: int = 0,
+        key: str | None = None,
+    ) -> tuple[str, Token]:
+        """Adds a token.
+
+        :param total_available: the quota to grant, 0 to 2**63 - 1 units.
+        :param model_limits_enabled: left out, limits that are given are enabled.
+        :param expires_at: Unix time in whole seconds; 0: never.
+        :param key: a key that its holder has already; left out, one is made.
+        :return: the key as its holder writes it (``sk-`` in front), and the token. The key is not kept and cannot
+            be shown again.
+        :raises TypeError: an argument has the wrong type.
+        :raises ValueError: an argument is out of range, or the key is in use or was before.
+        """
+        stripped = make_key() if key is None else check_key(key)
+        token = Token(
+            name=name,
+            total_available=total_available,
+            unlimited_quota=unlimited_quota,
+            model_limits={} if model_limits is None else model_limits,
+            model_limits_enabled=bool(model_limits) if model_limits_enabled is None else model_limits_enabled,
+            expires_at=expires_at,
+            hint=key_hint(stripped),
+            created_at=int(time.time()),
+        )
+        _check_storable(token)
+        if not 0 <= total_available <= MAX_INTEGER:
+            raise ValueError(f"total_available must be 0 to 2**63 - 1 quota units, got {total_available}")
+        digest = key_digest(stripped)
+        with self._transaction() as transaction:
+            if transaction.is_taken(digest):
+                raise ValueError("this key is in use or was before; a key never returns, so choose another")
+            token_id = transaction.insert(token, digest)
+        return with_prefix(stripped), dataclasses.replace(token, id=token_id)
+
+    def find(self, token_id: int) -> Token | None:
+        """The token of that id, or ``None``."""
+        return self._find(_checked_id(token_id))
+
+    def tokens(self) -> Iterator[Token]:
+        """Every token, by id. They are read page by page: memory does not grow, and no lock is held in between."""
+        after = 0
+        while page := self._page(after, _PAGE_SIZE):
+            yield from page
+            assert page[-1].id is not None
+            after = page[-1].id
+
+    def update(self, token_id: int, **changes: Any) -> Token:
+        """Changes ``name``, ``unlimited_quota``, ``model_limits``, ``model_limits_enabled``, ``expires_at`` or
+        ``enabled``; the others stay.
+
+        :raises TokenNotFound: there is no such token.
+        :raises TypeError: another field is named (the totals change only by charges and grants), or a value has
+            the wrong type.
+        :raises ValueError: a value is out of range.
+        """
+        for field in changes.keys() - _CHANGEABLE:
+            remedy = "the totals change only by charges and grants" if field in _TOTALS else ""
+            raise TypeError(
+                f"update() cannot change {field!r}: {remedy or 'it takes ' + ', '.join(sorted(_CHANGEABLE))}"
+            )
+        with self._transaction() as transaction:
+            token = dataclasses.replace(_loaded(transaction, token_id), **changes)
+            _check_storable(token)
+            transaction.save(token)
+        return token
+
+    def rotate(self, token_id: int) -> str:
+        """Gives the token a new key. The old one stops at once and never returns.
+
+        :return: the new key as its holder writes it. It is not kept and cannot be shown again.
+        :raises TokenNotFound: there is no such token.
+        """
+        key = make_key()
+        with self._transaction() as transaction:
+            token = _loaded(transaction, token_id)
+            transaction.rekey(dataclasses.replace(token, hint=key_hint(key)), key_digest(key))
+        return with_prefix(key)
+
+    def delete(self, token_id: int) -> None:
+        """Removes the token. Its key stops at once and never returns.
+
+        :raises TokenNotFound: there is no such token.
+        """
+        with self._transaction() as transaction:
+            _loaded(transaction, token_id)
+            transaction.delete(token_id)
+
+    def __enter__(self: _QuotaStore) -> _QuotaStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _checked_id(token_id: object) -> int:
+    if not isinstance(token_id, int) or isinstance(token_id, bool):
+        raise TypeError(f"a token id must be an int, got {token_id!r}")
+    return token_id
+
+
+def _loaded(transaction: Transaction, token_id: int) -> Token:
+    token = transaction.load(_checked_id(token_id))
+    if token is None:
+        raise TokenNotFound(f"there is no token {token_id}")
+    return token
+
+
+def _check_storable(token: Token) -> None:
+    """What every database holds: 64-bit integers, and text without NUL (which PostgreSQL refuses)."""
+    if abs(token.expires_at) > MAX_INTEGER:
+        raise ValueError(f"expires_at must be 0 to 2**63 - 1 Unix seconds, got {token.expires_at}")
+    if "\0" in token.name:
+        raise ValueError("name must not contain NUL characters")
+    for model, limit in token.model_limits.items():
+        if not model or "\0" in model:
+            raise ValueError(f"a model in model_limits must be a name without NUL characters, got {model!r}")
+        if limit > MAX_INTEGER:
+            raise ValueError(f"model_limits[{model!r}] must be 0 to 2**63 - 1 quota units or True, got {limit}")

@@ -1,0 +1,194 @@
+"""What is known of a key: the :class:`Token`, its form on the wire, and making and hashing keys.
+
+A key is what its holder sends. ``sk-`` in front of it is decoration: one such prefix is taken off wherever a key
+enters, so stores only ever see keys without it. Stores keep :func:`key_digest` of a key and never the key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from json import JSONEncoder
+from typing import Final
+
+KEY_PREFIX: Final = "sk-"
+KEY_MAX_LENGTH: Final = 512
+# Visible ASCII (RFC 9110 section 5.5, VCHAR) without the comma, which joins two headers of one name into one value.
+KEY_PATTERN: Final = rf"[!-+\--~]{{1,{KEY_MAX_LENGTH}}}"
+
+_KEY_ALPHABET: Final = string.ascii_letters + string.digits
+_KEY_LENGTH: Final = 48  # what public clients expect behind the prefix; 285 bits
+_HINT_LENGTH: Final = 4
+
+_INTEGER_FIELDS: Final = ("total_available", "total_used", "expires_at", "created_at")
+_BOOLEAN_FIELDS: Final = ("unlimited_quota", "model_limits_enabled", "enabled")
+_UNITS: Final = {"expires_at": " of Unix seconds (0: never)", "created_at": " of Unix seconds"}
+
+_encode_json = JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """What is known of one key. Immutable; the field names are the wire's.
+
+    Every field is checked when the token is made, so that a store over somebody's own table learns of a mistake
+    when it is written, not from a client: an ``int`` field takes no ``bool`` and no ``float``, a ``bool`` field
+    no ``0`` or ``1``, a ``str`` field no ``None``.
+
+    :raises TypeError: a field has the wrong type; the message names the field.
+    :raises ValueError: a field has the right type and an impossible value.
+
+    >>> Token(name="Default Token", total_available=987655, total_used=12345).total_granted
+    1000000
+    """
+
+    name: str = ""
+    #: Quota units left; negative when overdrawn.
+    total_available: int = 0
+    #: Quota units used.
+    total_used: int = 0
+    #: With unlimited quota nothing is refused for want of ``total_available``.
+    unlimited_quota: bool = False
+    #: Model name to the most quota units that this model may use, or ``True`` for no limit of its own.
+    model_limits: Mapping[str, int | bool] = field(default_factory=dict, hash=False)
+    model_limits_enabled: bool = False
+    #: Unix time in whole seconds; 0 or less: never.
+    expires_at: int = 0
+    enabled: bool = True
+    #: The store's own number for the token, if it has one.
+    id: int | None = None
+    #: The key's last four characters, to tell tokens apart in lists.
+    hint: str = ""
+    #: Unix time in whole seconds; 0 where it is not known.
+    created_at: int = 0
+
+    def __post_init__(self) -> None:
+        # The request path makes a token for every answer, so the exact types are told here, without a call.
+        for name in _INTEGER_FIELDS:
+            if type(getattr(self, name)) is not int:
+                _check_integer(name, getattr(self, name))
+        for name in _BOOLEAN_FIELDS:
+            if type(getattr(self, name)) is not bool:
+                raise TypeError(f"Token.{name} must be True or False, got {getattr(self, name)!r}")
+        _check_text("name", self.name)
+        _check_text("hint", self.hint)
+        if self.id is not None:
+            _check_integer("id", self.id)
+        # A copy: the token must not change with the mapping that it was made from.
+        object.__setattr__(self, "model_limits", _checked_limits(self.model_limits))
+
+    @property
+    def total_granted(self) -> int:
+        """All the quota that the token ever got, in quota units: what is used and what is available."""
+        return self.total_used + self.total_available
+
+
+def _check_integer(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"Token.{name} must be an int{_UNITS.get(name, '')}, got {value!r}")
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"Token.{name} must be a str, got {value!r}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"Token.{name} must be text that UTF-8 can carry, got {value!r}") from None
+
+
+def _checked_limits(limits: object) -> dict[str, int | bool]:
+    if not isinstance(limits, Mapping):
+        raise TypeError(f"Token.model_limits must be a mapping of model names, got {limits!r}")
+    if not limits:
+        return {}
+    checked = dict(limits)
+    for model, limit in checked.items():
+        _check_text("model_limits", model)
+        if limit is True:
+            continue
+        if not isinstance(limit, int) or limit is False:
+            raise TypeError(f"Token.model_limits[{model!r}] must be an int of quota units or True, got {limit!r}")
+        if limit < 0:
+            raise ValueError(f"Token.model_limits[{model!r}] must not be negative, got {limit!r}")
+    return checked
+
+
+def wire_form(token: Token) -> str:
+    """The token as the ``data`` object of a usage answer: compact JSON, its keys in the documented order.
+
+    ``total_granted`` is computed here and nowhere stored, so it is always the sum of the other two. Written out
+    rather than built as a dict: the order is visible, and it costs half of what a JSON encoder does.
+    """
+    return (
+        '{"object":"token_usage","name":%s,"total_granted":%d,"total_used":%d,"total_available":%d,'
+        '"unlimited_quota":%s,"model_limits":%s,"model_limits_enabled":%s,"expires_at":%d}'
+    ) % (
+        _encode_json(token.name),
+        token.total_used + token.total_available,
+        token.total_used,
+        token.total_available,
+        "true" if token.unlimited_quota else "false",
+        encode_model_limits(token.model_limits),
+        "true" if token.model_limits_enabled else "false",
+        max(token.expires_at, 0),
+    )
+
+
+def encode_model_limits(limits: Mapping[str, int | bool]) -> str:
+    """Model limits as a compact JSON object, for the wire and for a text column."""
+    return _encode_json(dict(limits)) if limits else "{}"
+
+
+def strip_prefix(key: str) -> str:
+    """The key as stores see it: without one leading ``sk-``."""
+    return key.removeprefix(KEY_PREFIX)
+
+
+def with_prefix(key: str) -> str:
+    """The stripped ``key`` as its holder writes it: with ``sk-``, unless that makes it longer than a key may be."""
+    written = KEY_PREFIX + key
+    return written if len(written) <= KEY_MAX_LENGTH else key
+
+
+def make_key() -> str:
+    """A new key, without the prefix: 48 letters and digits from :mod:`secrets`."""
+    return "".join(secrets.choice(_KEY_ALPHABET) for _ in range(_KEY_LENGTH))
+
+
+def check_key(key: object) -> str:
+    """A key that an operator brings, stripped.
+
+    :raises TypeError: it is no ``str``.
+    :raises ValueError: a client could not send it. Neither message shows the key.
+    """
+    if not isinstance(key, str):
+        raise TypeError(f"a key must be a str, got {type(key).__name__}")
+    stripped = strip_prefix(key)
+    if not stripped or not re.fullmatch(KEY_PATTERN, key):
+        raise ValueError(
+            f"a key must be 1 to {KEY_MAX_LENGTH} visible ASCII characters without a comma or a space, "
+            f"with or without {KEY_PREFIX!r} in front"
+        )
+    return stripped
+
+
+def key_digest(key: str) -> bytes:
+    """The SHA-256 digest of a stripped key: all that a store keeps of it.
+
+    A plain digest is right here, where a slow password hash would not be: a key has 285 random bits, which no
+    dictionary holds, and the digest must be found by an index.
+    """
+    # Any text has a digest, so that asking for a key that cannot exist is answered and not an encoding error
+    # (whose traceback would show the key).
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+def key_hint(key: str) -> str:
+    """The last four characters of a stripped key; nothing where four would be most of it."""
+    return key[-_HINT_LENGTH:] if len(key) >= 2 * _HINT_LENGTH else ""
