@@ -150,7 +150,7 @@ class QuotaStore(ABC):
 
     def find(self, token_id: int) -> Token | None:
         """The token of that id, or ``None``."""
-        return self._find(_checked_id(token_id))
+        return self._find(token_id) if _can_exist(token_id) else None
 
     def tokens(self) -> Iterator[Token]:
         """Every token, by id. They are read page by page: memory does not grow, and no lock is held in between."""
@@ -210,14 +210,15 @@ class QuotaStore(ABC):
         self.close()
 
 
-def _checked_id(token_id: object) -> int:
+def _can_exist(token_id: object) -> bool:
+    """Whether there could be a token of that id; a database would refuse to look for others."""
     if not isinstance(token_id, int) or isinstance(token_id, bool):
         raise TypeError(f"a token id must be an int, got {token_id!r}")
-    return token_id
+    return 0 < token_id <= MAX_INTEGER
 
 
 def _loaded(transaction: Transaction, token_id: int) -> Token:
-    token = transaction.load(_checked_id(token_id))
+    token = transaction.load(token_id) if _can_exist(token_id) else None
     if token is None:
         raise TokenNotFound(f"there is no token {token_id}")
     return token

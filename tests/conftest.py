@@ -1,0 +1,34 @@
+import dataclasses
+
+import pytest
+
+pytest.register_assert_rewrite("usage_middleware.testing")
+
+from usage_middleware import MemoryTokenStore, SQLiteTokenStore, Token  # noqa: E402 - after the line above
+from usage_middleware.tokens import with_prefix  # noqa: E402
+
+
+class Host:
+    """A token store of some kind, filled by the test in terms of the wire."""
+
+    def __init__(self, store):
+        self.store = store
+
+    def add(self, key, **fields):
+        """Puts a token under ``key``, with any fields: those too that only a ledger or an operator brings about."""
+        if isinstance(self.store, dict):
+            self.store[key] = Token(**fields)
+            return
+        # Stores see keys stripped; what is brought may still have the prefix.
+        _, token = self.store.create(key=with_prefix(key))
+        with self.store._transaction() as transaction:
+            transaction.save(dataclasses.replace(token, **fields))
+
+
+@pytest.fixture(params=["dict", "memory", "sqlite"])
+def host(request, tmp_path):
+    if request.param == "dict":
+        yield Host({})
+        return
+    with MemoryTokenStore() if request.param == "memory" else SQLiteTokenStore(tmp_path / "tokens.db") as store:
+        yield Host(store)

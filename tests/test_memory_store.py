@@ -1,0 +1,7 @@
+from usage_middleware import MemoryTokenStore
+from usage_middleware.testing import QuotaStoreContract
+
+
+class TestMemoryTokenStore(QuotaStoreContract):
+    def make_store(self, tmp_path):
+        return MemoryTokenStore()
