@@ -1,0 +1,78 @@
+"""What the commands share: the database that ``--db`` names, options, and how a token is printed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+
+from ..errors import UsageError
+from ..stores.sqlite import SQLiteTokenStore
+from ..tokens import Token
+from . import formats
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+_DATABASE: Final = "usage_middleware.database"  # where the context keeps what --db says
+
+
+def remember_database(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    """The callback of ``--db``: what stands behind the command goes before what stands in front of it."""
+    if value is not None:
+        ctx.meta[_DATABASE] = value
+
+
+def database_option(command: _Command) -> _Command:
+    return click.option(
+        "--db",
+        metavar="FILE",
+        expose_value=False,
+        callback=remember_database,
+        help="The database.  [env var: USAGE_MIDDLEWARE_DB]",
+    )(command)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+token_id_argument = click.argument("token_id", metavar="ID", type=int)
+
+
+@contextmanager
+def open_store(*, create: bool = False) -> Iterator[SQLiteTokenStore]:
+    """The store that ``--db`` names. What it refuses inside of the context becomes one line."""
+    path = click.get_current_context().meta.get(_DATABASE)
+    if not path:
+        raise click.UsageError("which database? Name it with --db FILE or in USAGE_MIDDLEWARE_DB")
+    if not create and not Path(path).exists():
+        raise click.UsageError(f"there is no database {path}; 'usage-middleware create' makes one")
+    try:
+        with SQLiteTokenStore(path) as store:
+            yield store
+    except (UsageError, ValueError) as error:
+        raise click.UsageError(str(error)) from None
+
+
+def print_key(key: str, token: Token, as_json: bool) -> None:
+    """Prints a new key, this once: alone on standard output, so that a script can take it."""
+    if as_json:
+        click.echo(json.dumps({"key": key, **formats.as_object(token)}, ensure_ascii=False))
+        return
+    click.echo(key)
+    click.echo(f"This is the key of token {token.id}. Keep it: it is not stored and cannot be shown again.", err=True)
+
+
+def print_token(token: Token, as_json: bool) -> None:
+    """Prints all that is known of a token."""
+    if as_json:
+        click.echo(to_json(token))
+        return
+    for line in formats.describe(token, time.time()):
+        click.echo(line)
+
+
+def to_json(token: Token) -> str:
+    return json.dumps(formats.as_object(token), ensure_ascii=False)

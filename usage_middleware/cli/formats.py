@@ -1,0 +1,163 @@
+"""How tokens, times and amounts are written for a person, for a program, and read from either."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime, timedelta, timezone
+from itertools import chain, islice
+from typing import Any, Final
+
+from ..tokens import Token
+
+_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 * 86400}
+_DURATION: Final = re.compile(r"([0-9]+)\s*([smhdwy])", re.IGNORECASE)
+_INTEGER: Final = re.compile(r"-?[0-9]+")
+# A smaller number is rather a person's "30" than a second of the last century.
+_SMALLEST_TIME: Final = 10**9
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
+
+_HEADINGS: Final = ("ID", "KEY", "STATE", "AVAILABLE", "USED", "GRANTED", "EXPIRES", "NAME")
+_RIGHT: Final = frozenset(("ID", "AVAILABLE", "USED", "GRANTED"))
+_SAMPLE: Final = 1000  # rows that decide how wide a column is
+
+
+def parse_time(text: str, now: float) -> int:
+    """Unix seconds of a time as a person writes it: ``30d``, ``2027-01-01``, ``2027-01-01 18:30``, ``never``.
+
+    A time without a zone is UTC. Unix seconds are taken as they are; 0, -1 and ``never`` are 0.
+
+    :raises ValueError: the text is no time; the message says what is.
+    """
+    text = text.strip()
+    if text.lower() in ("never", "0", "-1"):
+        return 0
+    try:
+        if match := _DURATION.fullmatch(text):
+            time = datetime.fromtimestamp(int(now), timezone.utc) + timedelta(
+                seconds=int(match[1]) * _UNITS[match[2].lower()]
+            )
+        elif _INTEGER.fullmatch(text):
+            if int(text) < _SMALLEST_TIME:
+                raise ValueError
+            time = datetime.fromtimestamp(int(text), timezone.utc)
+        else:
+            time = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text))  # Python 3.10 does not know Z
+    except (ValueError, OverflowError, OSError):
+        raise ValueError(
+            f"{text!r} is no time; write 30d, 12h, 2027-01-01, '2027-01-01 18:30' (UTC), Unix seconds, or never"
+        ) from None
+    if time.tzinfo is None:
+        time = time.replace(tzinfo=timezone.utc)
+    # Subtraction is exact where the float of timestamp() need not be.
+    return max((time - _EPOCH) // timedelta(seconds=1), 1)
+
+
+def format_time(seconds: int) -> str:
+    """Unix seconds as a date and a time in UTC; ``never`` for 0 or less."""
+    if seconds <= 0:
+        return "never"
+    try:
+        return (_EPOCH + timedelta(seconds=seconds)).strftime("%Y-%m-%d %H:%M UTC")
+    except OverflowError:  # beyond the year 9999
+        return str(seconds)
+
+
+def state(token: Token, now: float) -> str:
+    """Whether the token's holder can use it, and if not, why: one word."""
+    if not token.enabled:
+        return "disabled"
+    if 0 < token.expires_at <= now:
+        return "expired"
+    if token.total_available <= 0 and not token.unlimited_quota:
+        return "exhausted"
+    return "active"
+
+
+def printable(text: str) -> str:
+    """``text`` without characters that would act on a terminal instead of being shown by it."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
+def as_object(token: Token) -> dict[str, Any]:
+    """The token for a program: what is on the wire, and what its operator knows beyond it."""
+    return {
+        "id": token.id,
+        "name": token.name,
+        "hint": token.hint,
+        "enabled": token.enabled,
+        "total_granted": token.total_granted,
+        "total_used": token.total_used,
+        "total_available": token.total_available,
+        "unlimited_quota": token.unlimited_quota,
+        "model_limits": dict(token.model_limits),
+        "model_limits_enabled": token.model_limits_enabled,
+        "expires_at": max(token.expires_at, 0),
+        "created_at": token.created_at,
+    }
+
+
+def describe(token: Token, now: float) -> Iterator[str]:
+    """Lines that tell a person all about one token."""
+    for label, value in (
+        ("Token", str(token.id)),
+        ("Name", printable(token.name)),
+        ("Key", _key(token)),
+        ("State", state(token, now)),
+        ("Granted", f"{token.total_granted:,}"),
+        ("Used", f"{token.total_used:,}"),
+        ("Available", _available(token)),
+        ("Expires", format_time(token.expires_at)),
+        ("Created", format_time(token.created_at)),
+        ("Models", _models_in_short(token)),
+    ):
+        yield f"{label:<10} {value}".rstrip()
+    for model, limit in token.model_limits.items():
+        yield f"  {printable(model)}: {'no limit of its own' if limit is True else f'{limit:,}'}"
+
+
+def table(tokens: Iterable[Token], now: float) -> Iterator[str]:
+    """Lines of a table, one token each under a line of headings. Tokens are taken as they come, never all at once."""
+    rows = (_row(token, now) for token in tokens)
+    sample = list(islice(rows, _SAMPLE))
+    widths = [max(map(_width, column)) for column in zip(_HEADINGS, *sample, strict=True)]
+    for row in chain([_HEADINGS], sample, rows):
+        yield "  ".join(map(_cell, _HEADINGS, row, widths)).rstrip()
+
+
+def _row(token: Token, now: float) -> Sequence[str]:
+    return (
+        str(token.id),
+        _key(token),
+        state(token, now),
+        _available(token),
+        f"{token.total_used:,}",
+        f"{token.total_granted:,}",
+        format_time(token.expires_at),
+        printable(token.name),
+    )
+
+
+def _cell(heading: str, text: str, width: int) -> str:
+    padding = " " * (width - _width(text))
+    return padding + text if heading in _RIGHT else text + padding
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal: East Asian wide characters take two."""
+    return len(text) + sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+
+
+def _key(token: Token) -> str:
+    return f"…{printable(token.hint)}"
+
+
+def _available(token: Token) -> str:
+    return "unlimited" if token.unlimited_quota else f"{token.total_available:,}"
+
+
+def _models_in_short(token: Token) -> str:
+    if not token.model_limits_enabled:
+        return "any (the limits below are not enabled)" if token.model_limits else "any"
+    return "only those below" if token.model_limits else "none"

@@ -1,0 +1,91 @@
+"""The commands that serve the endpoint."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import click
+from werkzeug.exceptions import NotFound
+
+from ..middleware import UsageMiddleware
+from ..stores.sqlite import SQLiteTokenStore
+from . import server
+from .common import database_option, open_store
+
+_PORT: Final = 8000
+
+_host_option = click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+_port_option = click.option(
+    "--port", type=click.IntRange(0, 65535), default=_PORT, show_default=True, help="The port; 0 takes a free one."
+)
+
+
+@click.command()
+@database_option
+@click.option(
+    "--app", "application", metavar="MODULE:ATTRIBUTE", help="A WSGI application to put the endpoint in front of."
+)
+@_host_option
+@_port_option
+@click.option("--path", default="/api/usage/token", show_default=True, help="The path to answer.")
+@click.option(
+    "--allow-origin", "origins", metavar="ORIGIN", multiple=True, help="A web origin that may ask. Repeatable."
+)
+@click.option("--no-cors", is_flag=True, help="Let no web page ask.  [default: any may]")
+def serve(application: str | None, host: str, port: int, path: str, origins: tuple[str, ...], no_cors: bool) -> None:
+    """Serve the endpoint, alone or in front of an application.
+
+    For a small service, and for trying things out; a busy one belongs under a WSGI server such as gunicorn.
+    """
+    if origins and no_cors:
+        raise click.UsageError("--allow-origin and --no-cors exclude each other")
+    with open_store() as store:
+        wrapped = server.load_application(application) if application else NotFound()
+        allow_origins = () if no_cors else "*" if origins in ((), ("*",)) else origins
+        middleware = UsageMiddleware(wrapped, store, path=path, allow_origins=allow_origins)
+        store.find(1)  # a database that cannot be used is told now, not to the first client
+        _serve(middleware, host, port, lambda url: click.echo(f"Serving {url}{path} (Ctrl-C stops it)", err=True))
+
+
+@click.command()
+@_host_option
+@_port_option
+def demo(host: str, port: int) -> None:
+    """Make a small database, print a curl line for it, and serve it.
+
+    The database is a temporary one and goes when the command is stopped.
+    """
+    with tempfile.TemporaryDirectory(prefix="usage-middleware-") as directory:
+        path = str(Path(directory, "tokens.db"))
+        with SQLiteTokenStore(path) as store:
+            key, _ = store.create(
+                name="Demo Token", total_available=1_000_000, model_limits={"gpt-4o-mini": 500_000, "gpt-4o": True}
+            )
+            unlimited, _ = store.create(name="Unlimited Token", unlimited_quota=True)
+            expired, _ = store.create(name="Expired Token", total_available=5000, expires_at=int(time.time()) - 86400)
+
+            def ready(url: str) -> None:
+                click.echo("Ask for what is left of a token:\n")
+                for title, shown in (("", key), ("unlimited", unlimited), ("expired", expired)):
+                    comment = f"  # {title}" if title else ""
+                    click.echo(f"  curl -H 'Authorization: Bearer {shown}' {url}/api/usage/token{comment}")
+                click.echo(f"\nLook at the database from another shell:\n\n  usage-middleware list --db {path}\n")
+                click.echo("Ctrl-C stops the demonstration and removes its database.")
+
+            _serve(UsageMiddleware(NotFound(), store), host, port, ready)
+
+
+def _serve(middleware: UsageMiddleware, host: str, port: int, ready: Callable[[str], None]) -> None:
+    try:
+        server.serve(middleware, host, port, ready)
+    except OSError as error:
+        raise click.UsageError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}; choose another with --port or --host"
+        ) from None
+
+
+COMMANDS = (serve, demo)
