@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -32,3 +33,8 @@ def host(request, tmp_path):
         return
     with MemoryTokenStore() if request.param == "memory" else SQLiteTokenStore(tmp_path / "tokens.db") as store:
         yield Host(store)
+
+
+@pytest.fixture(scope="session")
+def readme():
+    return (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
