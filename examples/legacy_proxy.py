@@ -1,0 +1,76 @@
+"""The usage endpoint in front of a legacy HTTP service, whatever language that is written in.
+
+    pip install usage-middleware
+    python examples/legacy_proxy.py [PORT]
+
+Then run the curl command that it prints. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names, or tokens.db.
+The program starts a small legacy service for the demonstration, and passes every other path on to it.
+
+werkzeug's proxy is meant for development and small services. Where a web server such as nginx stands in front
+already, let it send /api/usage/token to `usage-middleware serve` and everything else to the legacy service.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from werkzeug.exceptions import LengthRequired, NotFound
+from werkzeug.middleware.http_proxy import ProxyMiddleware
+from werkzeug.serving import run_simple
+
+from usage_middleware import SQLiteTokenStore, UsageMiddleware
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+
+class Proxy(ProxyMiddleware):
+    """Passes every request on to the HTTP service at `url`.
+
+    ProxyMiddleware by itself takes prefixes of paths, and "/" is none: it makes "//" of it.
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__(NotFound(), {})
+        self.options = {"target": url, "remove_prefix": False, "headers": {}, "ssl_context": None}
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if "HTTP_TRANSFER_ENCODING" in environ:  # the body would be passed on without its length
+            return LengthRequired()(environ, start_response)
+        # As the client wrote it: PATH_INFO has the bytes behind the escapes (PEP 3333, "Unicode Issues").
+        path = quote(environ["PATH_INFO"], safe="!$&'()*+,/:;=@", encoding="latin-1")
+        options = {**self.options, "host": environ.get("HTTP_HOST", environ["SERVER_NAME"])}
+        return self.proxy_to(options, path, "/")(environ, start_response)
+
+
+class LegacyService(BaseHTTPRequestHandler):
+    """Stands for the legacy service. It answers with what reached it."""
+
+    def do_GET(self) -> None:
+        received = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = f"legacy service: {self.requestline}\n{self.headers}".encode("latin-1") + received
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+
+if __name__ == "__main__":
+    port = int(sys.argv[1]) if len(sys.argv) > 1 else 8000
+    store = SQLiteTokenStore(os.environ.get("USAGE_MIDDLEWARE_DB", "tokens.db"))
+    key, _ = store.create(name="Demo", total_available=1_000_000)
+    with ThreadingHTTPServer(("127.0.0.1", 0), LegacyService) as legacy:
+        Thread(target=legacy.serve_forever, daemon=True).start()
+        application = UsageMiddleware(Proxy(f"http://127.0.0.1:{legacy.server_port}"), store)
+        print(f"curl -H 'Authorization: Bearer {key}' http://127.0.0.1:{port}/api/usage/token", flush=True)
+        run_simple("127.0.0.1", port, application, threaded=True)
+        legacy.shutdown()

@@ -1,0 +1,16 @@
+"""A price list, as somebody wrote it long ago: a plain WSGI application (PEP 3333) that knows nothing of tokens.
+
+wrap_old_application.py gives it the usage endpoint without a change to this file.
+"""
+
+PRICES = [("Apples", 240), ("Pears", 310), ("Quinces", 450)]
+
+
+def application(environ, start_response):
+    if environ["PATH_INFO"] != "/":
+        status, text = "404 Not Found", "There is only one page.\n"
+    else:
+        status, text = "200 OK", "".join("%-8s %5.2f\n" % (name, cents / 100) for name, cents in PRICES)
+    body = text.encode("ascii")
+    start_response(status, [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))])
+    return [body]
