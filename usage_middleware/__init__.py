@@ -12,6 +12,7 @@ from .errors import TokenExpired as TokenExpired
 from .errors import TokenNotFound as TokenNotFound
 from .errors import UsageError as UsageError
 from .middleware import UsageMiddleware as UsageMiddleware
+from .operations import Operation as Operation
 from .stores.base import QuotaStore as QuotaStore
 from .stores.base import TokenStore as TokenStore
 from .stores.memory import MemoryTokenStore as MemoryTokenStore

@@ -184,6 +184,8 @@ def key_digest(key: str) -> bytes:
     A plain digest is right here, where a slow password hash would not be: a key has 285 random bits, which no
     dictionary holds, and the digest must be found by an index.
     """
+    if not isinstance(key, str):
+        raise TypeError(f"a key must be a str, got {type(key).__name__}")
     # Any text has a digest, so that asking for a key that cannot exist is answered and not an encoding error
     # (whose traceback would show the key).
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from ..errors import TokenNotFound
-from ..stores.base import MAX_INTEGER, QuotaStore
+from ..operations import MAX_INTEGER
+from ..stores.base import QuotaStore
 from ..tokens import Token
 from . import formats
 from .common import database_option, json_option, open_store, print_key, print_token, to_json, token_id_argument

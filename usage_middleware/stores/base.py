@@ -1,23 +1,21 @@
 """What a store is: :class:`TokenStore` is all that the middleware needs, :class:`QuotaStore` what a host manages.
 
-The rules of a :class:`QuotaStore` are written here once. A store brings a :class:`Transaction` and three reads; it
-locks, loads, saves and commits, and knows no rule.
+What a :class:`QuotaStore` does is written once, here and in its :class:`~.ledger.Ledger`. A store brings a
+:class:`~.transaction.Transaction` and a few reads: it locks, loads, saves and commits, and knows no rule.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Final, Protocol, TypeVar
 
-from ..errors import TokenNotFound
+from ..operations import MAX_INTEGER
 from ..tokens import Token, check_key, key_digest, key_hint, make_key, with_prefix
-
-MAX_INTEGER: Final = 2**63 - 1  # what a 64-bit column holds
+from .ledger import Ledger
+from .transaction import can_exist, find_token
 
 _PAGE_SIZE: Final = 1000
 _CHANGEABLE: Final = frozenset(
@@ -39,32 +37,7 @@ class TokenStore(Protocol):
         """
 
 
-class Transaction(Protocol):
-    """One open write transaction of a store: nobody else writes between its loads and its saves.
-
-    It commits when its context ends, and undoes all of it when an exception leaves that context.
-    """
-
-    def load(self, token_id: int) -> Token | None:
-        """The token of that id."""
-
-    def save(self, token: Token) -> None:
-        """Replaces the token of ``token.id``; its key stays."""
-
-    def insert(self, token: Token, digest: bytes) -> int:
-        """Adds a token under a digest that :meth:`is_taken` denied. Returns its id, which is never given again."""
-
-    def rekey(self, token: Token, digest: bytes) -> None:
-        """Saves ``token`` under another digest, and retires the one that it had."""
-
-    def delete(self, token_id: int) -> None:
-        """Removes the token and retires its digest."""
-
-    def is_taken(self, digest: bytes) -> bool:
-        """Whether a token has this digest, or had it: a retired digest never returns."""
-
-
-class QuotaStore(ABC):
+class QuotaStore(Ledger):
     """A token store with the operations that hosts and operators need.
 
     A host asks by key, in the form that :func:`bearer_key` gives (no ``sk-`` in front). An operator works by token
@@ -73,11 +46,7 @@ class QuotaStore(ABC):
     Safe to use from several threads; a store over a database also from several processes, forked ones included.
     """
 
-    # --- What a store brings.
-
-    @abstractmethod
-    def _transaction(self) -> AbstractContextManager[Transaction]:
-        """Opens a write transaction."""
+    # --- What a store brings, with what the ledger asks of it.
 
     @abstractmethod
     def _get(self, digest: bytes) -> Token | None:
@@ -100,8 +69,6 @@ class QuotaStore(ABC):
     def get(self, key: str, /) -> Token | None:
         """The token of ``key``, or ``None``. One that is disabled is returned too, with ``enabled`` false."""
         return self._get(key_digest(key))
-
-    # The ledger has its place here: charge, reserve, settle, refund; and grant and prune below.
 
     # --- What an operator calls, by token id.
 
@@ -136,7 +103,7 @@ class QuotaStore(ABC):
             model_limits_enabled=bool(model_limits) if model_limits_enabled is None else model_limits_enabled,
             expires_at=expires_at,
             hint=key_hint(stripped),
-            created_at=int(time.time()),
+            created_at=int(self._now()),
         )
         _check_storable(token)
         if not 0 <= total_available <= MAX_INTEGER:
@@ -150,7 +117,7 @@ class QuotaStore(ABC):
 
     def find(self, token_id: int) -> Token | None:
         """The token of that id, or ``None``."""
-        return self._find(token_id) if _can_exist(token_id) else None
+        return self._find(token_id) if can_exist(token_id) else None
 
     def tokens(self) -> Iterator[Token]:
         """Every token, by id. They are read page by page: memory does not grow, and no lock is held in between."""
@@ -175,7 +142,7 @@ class QuotaStore(ABC):
                 f"update() cannot change {field!r}: {remedy or 'it takes ' + ', '.join(sorted(_CHANGEABLE))}"
             )
         with self._transaction() as transaction:
-            token = dataclasses.replace(_loaded(transaction, token_id), **changes)
+            token = dataclasses.replace(find_token(transaction, token_id), **changes)
             _check_storable(token)
             transaction.save(token)
         return token
@@ -188,7 +155,7 @@ class QuotaStore(ABC):
         """
         key = make_key()
         with self._transaction() as transaction:
-            token = _loaded(transaction, token_id)
+            token = find_token(transaction, token_id)
             transaction.rekey(dataclasses.replace(token, hint=key_hint(key)), key_digest(key))
         return with_prefix(key)
 
@@ -198,7 +165,7 @@ class QuotaStore(ABC):
         :raises TokenNotFound: there is no such token.
         """
         with self._transaction() as transaction:
-            _loaded(transaction, token_id)
+            find_token(transaction, token_id)
             transaction.delete(token_id)
 
     def __enter__(self: _QuotaStore) -> _QuotaStore:
@@ -208,20 +175,6 @@ class QuotaStore(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _can_exist(token_id: object) -> bool:
-    """Whether there could be a token of that id; a database would refuse to look for others."""
-    if not isinstance(token_id, int) or isinstance(token_id, bool):
-        raise TypeError(f"a token id must be an int, got {token_id!r}")
-    return 0 < token_id <= MAX_INTEGER
-
-
-def _loaded(transaction: Transaction, token_id: int) -> Token:
-    token = transaction.load(token_id) if _can_exist(token_id) else None
-    if token is None:
-        raise TokenNotFound(f"there is no token {token_id}")
-    return token
 
 
 def _check_storable(token: Token) -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
+from typing import Any
 
 from ..errors import StoreError
+from ..operations import Operation
 from ..tokens import Token
 from .base import QuotaStore
+from .transaction import id_of
 
 
 class MemoryTokenStore(QuotaStore):
@@ -27,79 +32,170 @@ class MemoryTokenStore(QuotaStore):
 
     @contextmanager
     def _transaction(self) -> Iterator[_Content]:
-        with self._lock:
-            yield self._open()
+        with self._reading() as content:
+            try:
+                yield content
+            except BaseException:
+                content.undo()
+                raise
+            content.commit()
 
     def _get(self, digest: bytes) -> Token | None:
-        content = self._open()
-        # Two steps without the lock: a token that is deleted between them is simply not there any more.
-        return content.tokens.get(content.ids.get(digest, 0))
+        with self._reading() as content:
+            return content.load_by_digest(digest)
 
     def _find(self, token_id: int) -> Token | None:
-        return self._open().tokens.get(token_id)
+        with self._reading() as content:
+            return content.load(token_id)
 
     def _page(self, after: int, size: int) -> Sequence[Token]:
-        content = self._open()
-        page: list[Token] = []
-        for token_id in range(after + 1, content.last_id + 1):
-            token = content.tokens.get(token_id)
-            if token is not None:
-                page.append(token)
-                if len(page) == size:
-                    break
-        return page
+        with self._reading() as content:
+            return content.page(after, size)
+
+    def _history(self, token_id: int, before: int, size: int) -> Sequence[Operation]:
+        with self._reading() as content:
+            return content.history(token_id, before, size)
+
+    def _model_usage(self, token_id: int) -> dict[str, int]:
+        with self._reading() as content:
+            return dict(content.usage.get(token_id, {}))
+
+    @contextmanager
+    def _reading(self) -> Iterator[_Content]:
+        with self._lock:
+            if self._content is None:
+                raise StoreError("MemoryTokenStore is closed")
+            yield self._content
 
     def close(self) -> None:
         self._content = None
 
-    def _open(self) -> _Content:
-        if self._content is None:
-            raise StoreError("MemoryTokenStore is closed")
-        return self._content
-
 
 class _Content:
-    """What a memory store holds, as the transaction that changes it under the store's lock.
-
-    No method fails half-way, and the caller checks before its first change, so nothing needs to be undone.
-    """
+    """What a memory store holds, and a transaction on it: each change leaves word of how to undo it."""
 
     def __init__(self) -> None:
-        self.tokens: dict[int, Token] = {}
-        self.ids: dict[bytes, int] = {}
-        self.last_id = 0
+        self.usage: dict[int, dict[str, int]] = {}
+        self._tokens: dict[int, Token] = {}
+        self._ids: dict[bytes, int] = {}
         self._digests: dict[int, bytes] = {}
-        self._retired: set[bytes] = set()
+        self._retired: dict[bytes, bool] = {}
+        self._operations: dict[str, Operation] = {}  # in the order of their numbers
+        self._of_token: dict[int, list[str]] = {}  # their ids, in the same order
+        self._holding: dict[int, dict[str, bool]] = {}  # the ids of open reservations that hold units
+        self._last_id = 0
+        self._last_number = 0
+        self._undo: list[Callable[[], object]] = []
+
+    def commit(self) -> None:
+        self._undo.clear()
+
+    def undo(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def page(self, after: int, size: int) -> list[Token]:
+        there = (self._tokens[n] for n in range(after + 1, self._last_id + 1) if n in self._tokens)
+        return list(islice(there, size))
+
+    def history(self, token_id: int, before: int, size: int) -> list[Operation]:
+        ids = self._of_token.get(token_id, [])
+        end = bisect_left(ids, before, key=lambda operation_id: self._operations[operation_id].number)
+        return [self._operations[operation_id] for operation_id in reversed(ids[max(end - size, 0) : end])]
+
+    # --- Transaction
 
     def load(self, token_id: int) -> Token | None:
-        return self.tokens.get(token_id)
+        return self._tokens.get(token_id)
+
+    def load_by_digest(self, digest: bytes) -> Token | None:
+        return self._tokens.get(self._ids.get(digest, 0))
 
     def save(self, token: Token) -> None:
-        assert token.id is not None
-        self.tokens[token.id] = token
+        self._put(self._tokens, id_of(token), token)
 
     def insert(self, token: Token, digest: bytes) -> int:
-        self.last_id += 1
-        self.tokens[self.last_id] = dataclasses.replace(token, id=self.last_id)
-        self._digests[self.last_id] = digest
-        self.ids[digest] = self.last_id
-        return self.last_id
+        self._last_id += 1
+        self._put(self._tokens, self._last_id, dataclasses.replace(token, id=self._last_id))
+        self._put(self._digests, self._last_id, digest)
+        self._put(self._ids, digest, self._last_id)
+        return self._last_id
 
     def rekey(self, token: Token, digest: bytes) -> None:
-        assert token.id is not None
-        self._retire(token.id)
-        self.tokens[token.id] = token
-        self._digests[token.id] = digest
-        self.ids[digest] = token.id
+        self._retire(id_of(token))
+        self._put(self._digests, id_of(token), digest)
+        self._put(self._ids, digest, id_of(token))
+        self.save(token)
 
     def delete(self, token_id: int) -> None:
         self._retire(token_id)
-        del self.tokens[token_id]
+        for mapping in (self._tokens, self._digests, self.usage):
+            self._remove(mapping, token_id)
 
     def is_taken(self, digest: bytes) -> bool:
-        return digest in self.ids or digest in self._retired
+        return digest in self._ids or digest in self._retired
+
+    def operation(self, operation_id: str) -> Operation | None:
+        return self._operations.get(operation_id)
+
+    def insert_operation(self, operation: Operation) -> None:
+        self._last_number += 1
+        ids = self._of_token.setdefault(operation.token_id, [])
+        ids.append(operation.id)
+        self._undo.append(ids.pop)
+        self.save_operation(dataclasses.replace(operation, number=self._last_number))
+
+    def save_operation(self, operation: Operation) -> None:
+        self._put(self._operations, operation.id, operation)
+        holding = self._holding.setdefault(operation.token_id, {})
+        if operation.is_open and operation.held:
+            self._put(holding, operation.id, True)
+        else:
+            self._remove(holding, operation.id)
+
+    def lapsed(self, token_id: int, now: float) -> Sequence[Operation]:
+        operations = [self._operations[operation_id] for operation_id in self._holding.get(token_id, {})]
+        return [operation for operation in operations if operation.has_lapsed(now)]
+
+    def lapsed_before(self, before: float, size: int) -> Sequence[Operation]:
+        operations = (self._operations[i] for holding in self._holding.values() for i in holding)
+        return list(islice((operation for operation in operations if operation.has_lapsed(before)), size))
+
+    def model_used(self, token_id: int, model: str) -> int:
+        return self.usage.get(token_id, {}).get(model, 0)
+
+    def add_model_used(self, token_id: int, model: str, units: int) -> None:
+        used = self.model_used(token_id, model)
+        self._put(self.usage.setdefault(token_id, {}), model, used + units)
+
+    def forget(self, before: float, lapsed_before: float, size: int) -> int:
+        def is_finished(operation: Operation) -> bool:
+            if operation.is_open:
+                return not operation.held and operation.has_lapsed(lapsed_before)
+            return operation.changed_at < before
+
+        finished = list(islice(filter(is_finished, self._operations.values()), size))
+        for operation in finished:
+            self._remove(self._operations, operation.id)
+        for token_id in {operation.token_id for operation in finished}:
+            left = [i for i in self._of_token[token_id] if i in self._operations]
+            self._put(self._of_token, token_id, left)
+        return len(finished)
 
     def _retire(self, token_id: int) -> None:
-        digest = self._digests.pop(token_id)
-        self._retired.add(digest)
-        del self.ids[digest]
+        digest = self._digests[token_id]
+        self._put(self._retired, digest, True)
+        self._remove(self._ids, digest)
+
+    def _put(self, mapping: dict[Any, Any], key: Any, value: Any) -> None:
+        if key in mapping:
+            old = mapping[key]
+            self._undo.append(lambda: mapping.__setitem__(key, old))
+        else:
+            self._undo.append(lambda: mapping.pop(key))
+        mapping[key] = value
+
+    def _remove(self, mapping: dict[Any, Any], key: Any) -> None:
+        if key in mapping:
+            old = mapping.pop(key)
+            self._undo.append(lambda: mapping.__setitem__(key, old))

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from ..errors import StoreError
+from ..operations import Operation
 from ..tokens import Token, encode_model_limits
 from .base import QuotaStore
 from .sqlite_connections import Connections
@@ -36,6 +37,43 @@ _BY_ID: Final = f"{_SELECT} WHERE id = ?"
 _PAGE: Final = f"{_SELECT} WHERE id > ? ORDER BY id LIMIT ?"
 _INSERT: Final = f"INSERT INTO tokens ({', '.join(_VALUES)}, digest) VALUES ({', '.join('?' * len(_VALUES))}, ?)"
 _UPDATE: Final = f"UPDATE tokens SET {', '.join(f'{name} = ?' for name in _VALUES)} WHERE id = ?"
+_OPERATION_VALUES: Final = (
+    "id",
+    "token_id",
+    "kind",
+    "amount",
+    "model",
+    "held",
+    "unlimited",
+    "expires_in",
+    "expires_at",
+    "final_amount",
+    "refund_of",
+    "created_at",
+    "changed_at",
+)
+_SELECT_OPERATION: Final = f"SELECT number, {', '.join(_OPERATION_VALUES)} FROM operations"
+_OPERATION: Final = f"{_SELECT_OPERATION} WHERE id = ?"
+_HISTORY: Final = f"{_SELECT_OPERATION} WHERE token_id = ? AND number < ? ORDER BY number DESC LIMIT ?"
+# The conditions are those of the partial index open_reservations, or SQLite would not use it.
+_LAPSED: Final = f"{_SELECT_OPERATION} WHERE final_amount IS NULL AND held > 0 AND token_id = ? AND expires_at <= ?"
+_LAPSED_BEFORE: Final = f"{_SELECT_OPERATION} WHERE final_amount IS NULL AND held > 0 AND expires_at <= ? LIMIT ?"
+_INSERT_OPERATION: Final = (
+    f"INSERT INTO operations ({', '.join(_OPERATION_VALUES)}) VALUES ({', '.join('?' * len(_OPERATION_VALUES))})"
+)
+_UPDATE_OPERATION: Final = (
+    "UPDATE operations SET held = ?, unlimited = ?, final_amount = ?, changed_at = ? WHERE id = ?"
+)
+_FORGET: Final = (
+    "DELETE FROM operations WHERE number IN (SELECT number FROM operations"
+    " WHERE (final_amount IS NOT NULL AND changed_at < ?)"
+    " OR (final_amount IS NULL AND held = 0 AND expires_at <= ?) ORDER BY number LIMIT ?)"
+)
+_MODEL_USED: Final = "SELECT used FROM model_usage WHERE token_id = ? AND model = ?"
+_ADD_MODEL_USED: Final = (
+    "INSERT INTO model_usage (token_id, model, used) VALUES (?, ?, ?)"
+    " ON CONFLICT (token_id, model) DO UPDATE SET used = used + excluded.used"
+)
 _RETIRE: Final = "INSERT INTO retired_keys SELECT digest FROM tokens WHERE id = ?"
 _IS_TAKEN: Final = (
     "SELECT EXISTS (SELECT 1 FROM tokens WHERE digest = :digest)"
@@ -104,6 +142,12 @@ class SQLiteTokenStore(QuotaStore):
     def _page(self, after: int, size: int) -> Sequence[Token]:
         return [_token(row) for row in self._connections.read(_PAGE, (after, size))]
 
+    def _history(self, token_id: int, before: int, size: int) -> Sequence[Operation]:
+        return [_operation(row) for row in self._connections.read(_HISTORY, (token_id, before, size))]
+
+    def _model_usage(self, token_id: int) -> dict[str, int]:
+        return dict(self._connections.read("SELECT model, used FROM model_usage WHERE token_id = ?", (token_id,)))
+
     def close(self) -> None:
         self._connections.close()
 
@@ -116,6 +160,10 @@ class _SQLiteTransaction:
 
     def load(self, token_id: int) -> Token | None:
         row = self._execute(_BY_ID, (token_id,)).fetchone()
+        return _token(row) if row else None
+
+    def load_by_digest(self, digest: bytes) -> Token | None:
+        row = self._execute(_BY_DIGEST, (digest,)).fetchone()
         return _token(row) if row else None
 
     def save(self, token: Token) -> None:
@@ -133,11 +181,41 @@ class _SQLiteTransaction:
 
     def delete(self, token_id: int) -> None:
         self._execute(_RETIRE, (token_id,))
+        self._execute("DELETE FROM model_usage WHERE token_id = ?", (token_id,))
         self._execute("DELETE FROM tokens WHERE id = ?", (token_id,))
 
     def is_taken(self, digest: bytes) -> bool:
         (taken,) = self._execute(_IS_TAKEN, {"digest": digest}).fetchone()
         return bool(taken)
+
+    def operation(self, operation_id: str) -> Operation | None:
+        row = self._execute(_OPERATION, (operation_id,)).fetchone()
+        return _operation(row) if row else None
+
+    def insert_operation(self, operation: Operation) -> None:
+        self._execute(_INSERT_OPERATION, [getattr(operation, name) for name in _OPERATION_VALUES])
+
+    def save_operation(self, operation: Operation) -> None:
+        self._execute(
+            _UPDATE_OPERATION,
+            (operation.held, operation.unlimited, operation.final_amount, operation.changed_at, operation.id),
+        )
+
+    def lapsed(self, token_id: int, now: float) -> Sequence[Operation]:
+        return [_operation(row) for row in self._execute(_LAPSED, (token_id, now))]
+
+    def lapsed_before(self, before: float, size: int) -> Sequence[Operation]:
+        return [_operation(row) for row in self._execute(_LAPSED_BEFORE, (before, size))]
+
+    def model_used(self, token_id: int, model: str) -> int:
+        row = self._execute(_MODEL_USED, (token_id, model)).fetchone()
+        return row[0] if row else 0
+
+    def add_model_used(self, token_id: int, model: str, units: int) -> None:
+        self._execute(_ADD_MODEL_USED, (token_id, model, units))
+
+    def forget(self, before: float, lapsed_before: float, size: int) -> int:
+        return self._execute(_FORGET, (before, lapsed_before, size)).rowcount
 
 
 def _token(row: Sequence[Any]) -> Token:
@@ -157,6 +235,13 @@ def _token(row: Sequence[Any]) -> Token:
         )
     except (TypeError, ValueError) as error:
         raise StoreError(f"token {row[0]} is damaged in the database: {error}") from error
+
+
+def _operation(row: Sequence[Any]) -> Operation:
+    number, *values = row
+    fields = dict(zip(_OPERATION_VALUES, values, strict=True))
+    fields["unlimited"] = fields["unlimited"] == 1
+    return Operation(number=number, **fields)
 
 
 def _values(token: Token) -> tuple[Any, ...]:

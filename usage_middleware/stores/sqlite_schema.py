@@ -37,7 +37,44 @@ def tokens(db: Database) -> None:
     db.execute("CREATE TABLE retired_keys (digest BLOB PRIMARY KEY) STRICT, WITHOUT ROWID")
 
 
-_STEPS = (tokens,)
+def operations(db: Database) -> None:
+    db.execute(
+        """
+        CREATE TABLE operations (
+            number INTEGER PRIMARY KEY AUTOINCREMENT,
+            id TEXT NOT NULL UNIQUE,
+            token_id INTEGER NOT NULL,
+            kind TEXT NOT NULL CHECK (kind IN ('charge', 'reserve', 'refund', 'grant')),
+            amount INTEGER,
+            model TEXT,
+            held INTEGER NOT NULL CHECK (held >= 0),
+            unlimited INTEGER NOT NULL CHECK (unlimited IN (0, 1)),
+            expires_in REAL,
+            expires_at REAL,
+            final_amount INTEGER,
+            refund_of TEXT,
+            created_at REAL NOT NULL,
+            changed_at REAL NOT NULL
+        ) STRICT
+        """
+    )
+    db.execute("CREATE INDEX operations_of_token ON operations (token_id, number)")
+    db.execute(
+        "CREATE INDEX open_reservations ON operations (token_id, expires_at) WHERE final_amount IS NULL AND held > 0"
+    )
+    db.execute(
+        """
+        CREATE TABLE model_usage (
+            token_id INTEGER NOT NULL,
+            model TEXT NOT NULL,
+            used INTEGER NOT NULL,
+            PRIMARY KEY (token_id, model)
+        ) STRICT, WITHOUT ROWID
+        """
+    )
+
+
+_STEPS = (tokens, operations)
 _migrations = Migrations("usage_middleware")
 for _step in _STEPS:
     _migrations()(_step)

@@ -1,59 +1,24 @@
-"""The contract that every store must pass, as pytest classes: for the stores of this package, and for yours.
-
-A store that only looks tokens up names a key that it holds, of a token that is enabled:
-
-.. code-block:: python
-
-    class TestMyStore(TokenStoreContract):
-        key = "a-key-that-is-there"
-        def make_store(self, tmp_path): return MyStore("keys.db")
-
-A :class:`QuotaStore` starts empty, and the contract fills it:
-
-.. code-block:: python
-
-    class TestMyStore(QuotaStoreContract):
-        def make_store(self, tmp_path): return MyStore(tmp_path / "tokens.db")
-
-``tmp_path`` is an empty directory of the test's own. A class inherits the fixture ``store`` and may add tests to it.
-With ``pytest.register_assert_rewrite("usage_middleware.testing")`` in ``conftest.py``, failures show the values.
-"""
+"""The contract of a :class:`~usage_middleware.QuotaStore`: what its operator does with tokens."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .errors import StoreError, TokenNotFound
-from .middleware import UsageMiddleware
-from .stores.base import MAX_INTEGER, QuotaStore, TokenStore
-from .tokens import Token
+from ..errors import StoreError, TokenNotFound
+from ..operations import MAX_INTEGER
+from ..stores.base import QuotaStore
+from ..tokens import Token
+from .ledger import LedgerContract
+from .token_store import THREADS, TokenStoreContract, ask
 
-__all__ = ["QuotaStoreContract", "TokenStoreContract"]
-
-_THREADS = 8
-
-# Each makes of a key another one that a client may send too, and a careless look-up takes for the same: LIKE, GLOB, a
-# case-blind collation, a prefix search, text pasted into SQL.
-_NEAR_MISSES = [
-    pytest.param(str.swapcase, id="other case"),
-    pytest.param(lambda key: key[:-1] + ("a" if key[-1] != "a" else "b"), id="another last character"),
-    pytest.param(lambda key: key + "x", id="with one more character"),
-    pytest.param(lambda key: key[:-1] + "%", id="LIKE, any text"),
-    pytest.param(lambda key: "_" * len(key), id="LIKE, any character"),
-    pytest.param(lambda key: key[:-1] + "*", id="GLOB"),
-    pytest.param(lambda key: key + "'OR'1'='1", id="quote"),
-    pytest.param(lambda key: "sk-" + key, id="prefix not stripped"),
-    pytest.param(lambda key: "k" * 512, id="as long as a key may be"),
-]
 # No client can send these, but a host may ask for them: a padding collation and C strings that end at NUL.
 _IMPOSSIBLE_KEYS = [
     pytest.param(lambda key: "", id="empty"),
@@ -63,72 +28,6 @@ _IMPOSSIBLE_KEYS = [
     pytest.param(lambda key: "caf\u00e9 \u4ee4\u724c", id="not ASCII"),
     pytest.param(lambda key: "\ud800", id="not even text"),
 ]
-
-
-class TokenStoreContract:
-    """What the middleware relies upon: ``get`` finds exactly the key, answers ``None`` for others, changes nothing."""
-
-    #: A key that the store holds, as stores see keys: without ``sk-``. Its token is enabled.
-    key: str
-
-    def make_store(self, tmp_path: Path) -> TokenStore:
-        """Returns the store to test."""
-        raise NotImplementedError(f"{type(self).__name__} must have a method make_store(self, tmp_path)")
-
-    def known_key(self, store: Any) -> str:
-        """Returns a key that ``store`` holds."""
-        return self.key
-
-    @pytest.fixture
-    def store(self, tmp_path: Path) -> Iterator[Any]:
-        store = self.make_store(tmp_path)
-        yield store
-        if hasattr(store, "close"):
-            store.close()
-
-    def test_a_known_key_has_a_token(self, store: Any) -> None:
-        token = store.get(self.known_key(store))
-        assert isinstance(token, Token)
-        assert token.enabled
-
-    @pytest.mark.parametrize("miss", _NEAR_MISSES)
-    def test_a_key_that_is_only_similar_has_none(self, store: Any, miss: Callable[[str], str]) -> None:
-        key = self.known_key(store)
-        if miss(key) == key:
-            pytest.skip("this key has no such neighbour")
-        assert store.get(miss(key)) is None
-
-    def test_reading_changes_nothing(self, store: Any) -> None:
-        key = self.known_key(store)
-        first = store.get(key)
-        for _ in range(10):
-            _ask(store, key)
-        assert store.get(key) == first
-
-    def test_threads_may_share_it(self, store: Any) -> None:
-        key = self.known_key(store)
-        expected = store.get(key)
-        with ThreadPoolExecutor(_THREADS) as pool:
-            answers = list(pool.map(store.get, [key, "no-such-key"] * 100))
-        assert answers == [expected, None] * 100
-
-    def test_the_endpoint_answers_from_it(self, store: Any) -> None:
-        key = self.known_key(store)
-        token = store.get(key)
-        status, answer = _ask(store, key)
-        assert status == "200 OK"
-        assert answer["data"] == {
-            "object": "token_usage",
-            "name": token.name,
-            "total_granted": token.total_granted,
-            "total_used": token.total_used,
-            "total_available": token.total_available,
-            "unlimited_quota": token.unlimited_quota,
-            "model_limits": token.model_limits,
-            "model_limits_enabled": token.model_limits_enabled,
-            "expires_at": max(token.expires_at, 0),
-        }
-        assert _ask(store, "no-such-key")[0] == "401 Unauthorized"
 
 
 _EVERY_FIELD: dict[str, Any] = {
@@ -181,7 +80,7 @@ _BAD_KEYS = [
 _BAD_IDS = [pytest.param(bad, id=repr(bad)) for bad in ("1", 1.0, True, None)]
 
 
-class QuotaStoreContract(TokenStoreContract):
+class QuotaStoreContract(LedgerContract, TokenStoreContract):
     """What hosts and operators rely upon in a :class:`QuotaStore`. The store that is made must be empty."""
 
     def make_store(self, tmp_path: Path) -> QuotaStore:
@@ -253,7 +152,7 @@ class QuotaStoreContract(TokenStoreContract):
         stripped = key.removeprefix("sk-")
         assert written.removeprefix("sk-") == stripped
         assert store.get(stripped) == token
-        assert _ask(store, stripped)[0] == "200 OK"
+        assert ask(store, stripped)[0] == "200 OK"
 
     def test_only_one_prefix_is_stripped(self, store: QuotaStore) -> None:
         written, token = store.create(key="sk-sk-twice")
@@ -324,9 +223,9 @@ class QuotaStoreContract(TokenStoreContract):
         stripped = key.removeprefix("sk-")
         assert store.update(_id(token), enabled=False) == dataclasses.replace(token, enabled=False)
         assert store.get(stripped) == dataclasses.replace(token, enabled=False)
-        assert _ask(store, stripped) == _ask(store, "no-such-key")
+        assert ask(store, stripped) == ask(store, "no-such-key")
         store.update(_id(token), enabled=True)
-        assert _ask(store, stripped)[0] == "200 OK"
+        assert ask(store, stripped)[0] == "200 OK"
 
     @pytest.mark.parametrize(
         ("changes", "error"), [*_BAD_FIELDS, pytest.param({"enabled": 1}, TypeError, id="enabled")]
@@ -391,7 +290,7 @@ class QuotaStoreContract(TokenStoreContract):
     # --- the store as a whole
 
     def test_threads_may_write_at_once(self, store: QuotaStore) -> None:
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             created = list(pool.map(lambda number: store.create(name=str(number)), range(100)))
         assert sorted(int(token.name) for token in store.tokens()) == list(range(100))
         assert len({token.id for _, token in created}) == 100
@@ -423,16 +322,3 @@ class QuotaStoreContract(TokenStoreContract):
 def _id(token: Token) -> int:
     assert token.id is not None, "a store gives each token an id"
     return token.id
-
-
-def _ask(store: TokenStore, key: str) -> tuple[str, Any]:
-    """Asks the endpoint over ``store`` for ``key``; returns the status line and the decoded body."""
-    answered: list[Any] = []
-    middleware = UsageMiddleware(lambda environ, start_response: [], store)
-    environ = {
-        "REQUEST_METHOD": "GET",
-        "PATH_INFO": "/api/usage/token",
-        "HTTP_AUTHORIZATION": f"Bearer {key}",
-    }
-    body = b"".join(middleware(environ, lambda status, headers, exc_info=None: answered.append(status)))  # type: ignore[arg-type]
-    return answered[0], json.loads(body)
