@@ -28,7 +28,7 @@ _HEADER_NAME: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 se
 _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.\-]*://[^\s/?#,@]+")  # RFC 6454 section 6.2, serialised
 
 
-#: One answer: the status and the headers, as ``start_response`` takes them, and the body, which a ``HEAD`` does not get.
+#: One answer: the status and the headers, as ``start_response`` takes them, and the body, which ``HEAD`` does not get.
 Response = tuple[str, tuple[Header, ...], bytes]
 
 
@@ -46,9 +46,7 @@ class Responses:
             self._headers += (("Access-Control-Allow-Origin", allow_origin),)
         if vary:
             self._headers += (("Vary", "Origin"),)
-
         self._body_headers = (("Content-Type", "application/json; charset=utf-8"), *self._headers)
-
         self.no_authorization = self._refusal("401 Unauthorized", "No Authorization header", challenge="Bearer")
         # RFC 6750 section 3.1: invalid_token is also the error of a token that is expired, revoked or malformed.
         invalid_token = 'Bearer error="invalid_token"'
