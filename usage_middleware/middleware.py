@@ -66,12 +66,10 @@ class UsageMiddleware:
         if environ.get("PATH_INFO", "") not in self._paths:
             return self.app(environ, start_response)
 
-        response = self._respond(environ)
+        status, headers, body = self._respond(environ)
         # A list of its own: PEP 3333 lets the server and other middleware change it.
-        start_response(response.status, list(response.headers))
-        if environ["REQUEST_METHOD"] == "HEAD" or not response.body:
-            return []
-        return [response.body]
+        start_response(status, list(headers))
+        return [body] if body and environ["REQUEST_METHOD"] != "HEAD" else []
 
     def _respond(self, environ: WSGIEnvironment) -> Response:
         responses = self._responses.get(environ.get("HTTP_ORIGIN", ""), self._other_responses)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
-from typing import Final, NamedTuple
+from typing import Final
 
 from .tokens import Token, wire_form
 
@@ -28,12 +28,8 @@ _HEADER_NAME: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 se
 _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.\-]*://[^\s/?#,@]+")  # RFC 6454 section 6.2, serialised
 
 
-class Response(NamedTuple):
-    """One answer: what ``start_response`` takes, and the body that a ``HEAD`` does not get."""
-
-    status: str
-    headers: tuple[Header, ...]
-    body: bytes
+#: One answer: the status and the headers, as ``start_response`` takes them, and the body, which ``HEAD`` does not get.
+Response = tuple[str, tuple[Header, ...], bytes]
 
 
 class Responses:
@@ -50,7 +46,7 @@ class Responses:
             self._headers += (("Access-Control-Allow-Origin", allow_origin),)
         if vary:
             self._headers += (("Vary", "Origin"),)
-
+        self._body_headers = (("Content-Type", "application/json; charset=utf-8"), *self._headers)
         self.no_authorization = self._refusal("401 Unauthorized", "No Authorization header", challenge="Bearer")
         # RFC 6750 section 3.1: invalid_token is also the error of a token that is expired, revoked or malformed.
         invalid_token = 'Bearer error="invalid_token"'
@@ -78,7 +74,7 @@ class Responses:
                 ("Access-Control-Allow-Headers", _allowed_headers(requested_headers)),
                 ("Access-Control-Max-Age", "86400"),
             )
-        return Response("204 No Content", headers, b"")
+        return "204 No Content", headers, b""
 
     def _refusal(self, status: str, message: str, *headers: Header, challenge: str = "") -> Response:
         if challenge:
@@ -88,8 +84,7 @@ class Responses:
 
     def _with_body(self, status: str, text: str, *headers: Header) -> Response:
         body = text.encode()
-        content = (("Content-Type", "application/json; charset=utf-8"), ("Content-Length", str(len(body))))
-        return Response(status, (*content, *self._headers, *headers), body)
+        return status, (("Content-Length", str(len(body))), *self._body_headers, *headers), body
 
     def _retry_after(self, seconds: str) -> tuple[Header, ...]:
         retry_after = ("Retry-After", seconds)

@@ -67,10 +67,22 @@ class Token:
     created_at: int = 0
 
     def __post_init__(self) -> None:
-        # The request path makes a token for every answer, so the exact types are told here, without a call.
+        # The request path makes a token for every answer: the one expression is all that an ordinary one costs.
+        if not (
+            type(self.total_available) is type(self.total_used) is type(self.expires_at) is type(self.created_at) is int
+            and type(self.unlimited_quota) is type(self.model_limits_enabled) is type(self.enabled) is bool
+            and type(self.name) is type(self.hint) is str
+            and self.name.isascii()
+            and self.hint.isascii()
+            and type(self.id) is int
+        ):
+            self._check_fields()
+        # A copy: the token must not change with the mapping that it was made from.
+        object.__setattr__(self, "model_limits", _checked_limits(self.model_limits) if self.model_limits != {} else {})
+
+    def _check_fields(self) -> None:
         for name in _INTEGER_FIELDS:
-            if type(getattr(self, name)) is not int:
-                _check_integer(name, getattr(self, name))
+            _check_integer(name, getattr(self, name))
         for name in _BOOLEAN_FIELDS:
             if type(getattr(self, name)) is not bool:
                 raise TypeError(f"Token.{name} must be True or False, got {getattr(self, name)!r}")
@@ -78,8 +90,6 @@ class Token:
         _check_text("hint", self.hint)
         if self.id is not None:
             _check_integer("id", self.id)
-        # A copy: the token must not change with the mapping that it was made from.
-        object.__setattr__(self, "model_limits", _checked_limits(self.model_limits))
 
     @property
     def total_granted(self) -> int:
