@@ -5,12 +5,13 @@ Wrong input is one line on standard error and exit status 2, never a traceback.
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
 import click
 
-from . import manage, serve
+from . import ledger, manage, serve
 from .common import remember_database
 
 
@@ -34,12 +35,16 @@ def commands(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for _command in (*manage.COMMANDS, *serve.COMMANDS):
+for _command in (*manage.COMMANDS, *ledger.COMMANDS, *serve.COMMANDS):
     commands.add_command(_command)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command and ends the process: status 0, or 2 after a line that says what is wrong."""
+    for stream in (sys.stdout, sys.stderr):
+        # A name or a bar that the terminal's encoding does not have is no reason to fail.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         status = commands.main(args, prog_name="usage-middleware", standalone_mode=False)
     except click.ClickException as error:

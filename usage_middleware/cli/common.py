@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import click
 
-from ..errors import UsageError
+from ..errors import TokenNotFound, UsageError
+from ..stores.base import QuotaStore
 from ..stores.sqlite import SQLiteTokenStore
 from ..tokens import Token
 from . import formats
@@ -65,14 +66,28 @@ def print_key(key: str, token: Token, as_json: bool) -> None:
     click.echo(f"This is the key of token {token.id}. Keep it: it is not stored and cannot be shown again.", err=True)
 
 
-def print_token(token: Token, as_json: bool) -> None:
+def print_token(store: QuotaStore, token: Token, as_json: bool) -> None:
     """Prints all that is known of a token."""
+    usage = store.model_usage(token.id) if token.id is not None else {}
     if as_json:
-        click.echo(to_json(token))
+        click.echo(json.dumps({**formats.as_object(token), "model_usage": usage}, ensure_ascii=False))
         return
-    for line in formats.describe(token, time.time()):
+    for line in formats.describe(token, usage, time.time()):
         click.echo(line)
 
 
-def to_json(token: Token) -> str:
-    return json.dumps(formats.as_object(token), ensure_ascii=False)
+def print_json_array(objects: Iterable[Any]) -> None:
+    """Prints a JSON array, each object on a line of its own as it comes."""
+    separator = "["
+    for item in objects:
+        click.echo(f"{separator}{json.dumps(item, ensure_ascii=False)}", nl=False)
+        separator = ",\n "
+    click.echo("[]" if separator == "[" else "]")
+
+
+def find_token(store: QuotaStore, token_id: int) -> Token:
+    """:raises TokenNotFound: there is no token of that id."""
+    token = store.find(token_id)
+    if token is None:
+        raise TokenNotFound(f"there is no token {token_id}")
+    return token

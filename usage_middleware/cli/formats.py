@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from itertools import chain, islice
 from typing import Any, Final
 
+from ..operations import Operation
 from ..tokens import Token
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 * 86400}
@@ -18,26 +20,31 @@ _INTEGER: Final = re.compile(r"-?[0-9]+")
 _SMALLEST_TIME: Final = 10**9
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
-_HEADINGS: Final = ("ID", "KEY", "STATE", "AVAILABLE", "USED", "GRANTED", "EXPIRES", "NAME")
-_RIGHT: Final = frozenset(("ID", "AVAILABLE", "USED", "GRANTED"))
+_TOKEN_HEADINGS: Final = ("ID", "KEY", "STATE", "AVAILABLE", "USED", "GRANTED", "EXPIRES", "NAME")
+_OPERATION_HEADINGS: Final = ("WHEN", "KIND", "AMOUNT", "HELD", "NOTE", "MODEL", "OPERATION")
+_RIGHT: Final = frozenset(("ID", "AVAILABLE", "USED", "GRANTED", "AMOUNT", "HELD"))
+_BAR_CELLS: Final = 20
 _SAMPLE: Final = 1000  # rows that decide how wide a column is
 
 
-def parse_time(text: str, now: float) -> int:
-    """Unix seconds of a time as a person writes it: ``30d``, ``2027-01-01``, ``2027-01-01 18:30``, ``never``.
+def parse_expiry(text: str, now: float) -> int:
+    """Unix seconds of a time to come, as :func:`parse_time` reads it; ``never``, 0 and -1 are 0."""
+    return 0 if text.strip().lower() in ("never", "0", "-1") else parse_time(text, now)
 
-    A time without a zone is UTC. Unix seconds are taken as they are; 0, -1 and ``never`` are 0.
 
+def parse_time(text: str, now: float, *, past: bool = False) -> int:
+    """Unix seconds of a time as a person writes it: ``30d``, ``2027-01-01``, ``2027-01-01 18:30``.
+
+    A time without a zone is UTC. Unix seconds are taken as they are.
+
+    :param past: a duration such as ``30d`` is counted back.
     :raises ValueError: the text is no time; the message says what is.
     """
     text = text.strip()
-    if text.lower() in ("never", "0", "-1"):
-        return 0
     try:
         if match := _DURATION.fullmatch(text):
-            time = datetime.fromtimestamp(int(now), timezone.utc) + timedelta(
-                seconds=int(match[1]) * _UNITS[match[2].lower()]
-            )
+            duration = timedelta(seconds=int(match[1]) * _UNITS[match[2].lower()])
+            time = datetime.fromtimestamp(int(now), timezone.utc) + (-duration if past else duration)
         elif _INTEGER.fullmatch(text):
             if int(text) < _SMALLEST_TIME:
                 raise ValueError
@@ -46,7 +53,7 @@ def parse_time(text: str, now: float) -> int:
             time = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text))  # Python 3.10 does not know Z
     except (ValueError, OverflowError, OSError):
         raise ValueError(
-            f"{text!r} is no time; write 30d, 12h, 2027-01-01, '2027-01-01 18:30' (UTC), Unix seconds, or never"
+            f"{text!r} is no time; write 30d, 12h, 2027-01-01, '2027-01-01 18:30' (UTC), or Unix seconds"
         ) from None
     if time.tzinfo is None:
         time = time.replace(tzinfo=timezone.utc)
@@ -98,7 +105,12 @@ def as_object(token: Token) -> dict[str, Any]:
     }
 
 
-def describe(token: Token, now: float) -> Iterator[str]:
+def operation_as_object(operation: Operation) -> dict[str, Any]:
+    """An operation for a program."""
+    return dataclasses.asdict(operation)
+
+
+def describe(token: Token, model_usage: Mapping[str, int], now: float) -> Iterator[str]:
     """Lines that tell a person all about one token."""
     for label, value in (
         ("Token", str(token.id)),
@@ -106,27 +118,54 @@ def describe(token: Token, now: float) -> Iterator[str]:
         ("Key", _key(token)),
         ("State", state(token, now)),
         ("Granted", f"{token.total_granted:,}"),
-        ("Used", f"{token.total_used:,}"),
+        ("Used", _used(token.total_used, None if token.unlimited_quota else token.total_granted)),
         ("Available", _available(token)),
         ("Expires", format_time(token.expires_at)),
         ("Created", format_time(token.created_at)),
         ("Models", _models_in_short(token)),
     ):
         yield f"{label:<10} {value}".rstrip()
-    for model, limit in token.model_limits.items():
-        yield f"  {printable(model)}: {'no limit of its own' if limit is True else f'{limit:,}'}"
+    models = {**token.model_limits, **{model: True for model in model_usage if model not in token.model_limits}}
+    width = max(map(_width, models), default=0)
+    for model in models:
+        limit = token.model_limits.get(model)
+        shown = printable(model)
+        used = _used(model_usage.get(model, 0), None if limit is None or limit is True else limit)
+        yield f"  {shown}{' ' * (width - _width(shown))}  {used}"
 
 
-def table(tokens: Iterable[Token], now: float) -> Iterator[str]:
-    """Lines of a table, one token each under a line of headings. Tokens are taken as they come, never all at once."""
-    rows = (_row(token, now) for token in tokens)
+def token_table(tokens: Iterable[Token], now: float) -> Iterator[str]:
+    """Lines of a table of tokens, under a line of headings."""
+    return _table(_TOKEN_HEADINGS, (_token_row(token, now) for token in tokens))
+
+
+def operation_table(operations: Iterable[Operation]) -> Iterator[str]:
+    """Lines of a table of operations, under a line of headings."""
+    return _table(_OPERATION_HEADINGS, map(_operation_row, operations))
+
+
+def _table(headings: Sequence[str], rows: Iterator[Sequence[str]]) -> Iterator[str]:
+    """Rows are taken as they come, never all at once: the first ones decide how wide a column is."""
     sample = list(islice(rows, _SAMPLE))
-    widths = [max(map(_width, column)) for column in zip(_HEADINGS, *sample, strict=True)]
-    for row in chain([_HEADINGS], sample, rows):
-        yield "  ".join(map(_cell, _HEADINGS, row, widths)).rstrip()
+    widths = [max(map(_width, column)) for column in zip(headings, *sample, strict=True)]
+    for row in chain([headings], sample, rows):
+        yield "  ".join(map(_cell, headings, row, widths)).rstrip()
 
 
-def _row(token: Token, now: float) -> Sequence[str]:
+def _operation_row(operation: Operation) -> Sequence[str]:
+    amount = operation.amount if operation.final_amount is None else operation.final_amount
+    return (
+        format_time(int(operation.created_at)),
+        operation.kind,
+        f"{amount:,}",
+        f"{operation.held:,}" if operation.kind in ("charge", "reserve") else "",
+        "open" if operation.is_open else f"of {printable(operation.refund_of)}" if operation.refund_of else "",
+        printable(operation.model or ""),
+        printable(operation.id),
+    )
+
+
+def _token_row(token: Token, now: float) -> Sequence[str]:
     return (
         str(token.id),
         _key(token),
@@ -157,7 +196,17 @@ def _available(token: Token) -> str:
     return "unlimited" if token.unlimited_quota else f"{token.total_available:,}"
 
 
+def _used(used: int, limit: int | None) -> str:
+    """How much is used, and of a limit a bar that shows it at a glance. It is only empty or full where that is true."""
+    if limit is None:
+        return f"{used:,}"
+    part = used * _BAR_CELLS // limit if limit > 0 else _BAR_CELLS
+    cells = max(min(part, _BAR_CELLS), 1 if used > 0 else 0)
+    percent = f"{used * 100 // limit} %" if limit > 0 else "none left"
+    return f"{'█' * cells}{'░' * (_BAR_CELLS - cells)}  {used:,} of {limit:,} ({percent})"
+
+
 def _models_in_short(token: Token) -> str:
     if not token.model_limits_enabled:
-        return "any (the limits below are not enabled)" if token.model_limits else "any"
+        return "any; the limits below are not enabled" if token.model_limits else "any"
     return "only those below" if token.model_limits else "none"

@@ -8,19 +8,25 @@ from typing import Any
 
 import click
 
-from ..errors import TokenNotFound
 from ..operations import MAX_INTEGER
-from ..stores.base import QuotaStore
-from ..tokens import Token
 from . import formats
-from .common import database_option, json_option, open_store, print_key, print_token, to_json, token_id_argument
+from .common import (
+    database_option,
+    find_token,
+    json_option,
+    open_store,
+    print_json_array,
+    print_key,
+    print_token,
+    token_id_argument,
+)
 
 
 def _time(text: str) -> int:
     try:
-        return formats.parse_time(text, time.time())
+        return formats.parse_expiry(text, time.time())
     except ValueError as error:
-        raise click.BadParameter(str(error)) from None
+        raise click.BadParameter(f"{error}, or never") from None
 
 
 def _model_limit(text: str) -> tuple[str, int | bool]:
@@ -91,13 +97,9 @@ def list_tokens(as_json: bool) -> None:
     """
     with open_store() as store:
         if as_json:
-            separator = "["
-            for token in store.tokens():
-                click.echo(f"{separator}{to_json(token)}", nl=False)
-                separator = ",\n "
-            click.echo("[]" if separator == "[" else "]")
+            print_json_array(map(formats.as_object, store.tokens()))
         else:
-            for line in formats.table(store.tokens(), time.time()):
+            for line in formats.token_table(store.tokens(), time.time()):
                 click.echo(line)
 
 
@@ -106,10 +108,10 @@ def list_tokens(as_json: bool) -> None:
 @token_id_argument
 @json_option
 def show(token_id: int, as_json: bool) -> None:
-    """Show one token."""
+    """Show one token, and how much of its quota and of each model's limit is used."""
     with open_store() as store:
-        token = _found(store, token_id)
-    print_token(token, as_json)
+        token = find_token(store, token_id)
+        print_token(store, token, as_json)
 
 
 @click.command()
@@ -149,7 +151,7 @@ def update(
         raise click.UsageError(f"nothing to change; see 'usage-middleware update --help' for what token {token_id} has")
     with open_store() as store:
         token = store.update(token_id, **changes)
-    print_token(token, as_json)
+        print_token(store, token, as_json)
 
 
 @click.command()
@@ -163,7 +165,7 @@ def rotate(token_id: int, as_json: bool) -> None:
     """
     with open_store() as store:
         key = store.rotate(token_id)
-        token = _found(store, token_id)
+        token = find_token(store, token_id)
     print_key(key, token, as_json)
 
 
@@ -177,18 +179,11 @@ def delete(token_id: int, yes: bool) -> None:
     Its key stops at once and never returns. At a terminal it asks first.
     """
     with open_store() as store:
-        token = _found(store, token_id)
+        token = find_token(store, token_id)
         if not yes and sys.stdin.isatty():
             click.confirm(f"Delete token {token_id} ({formats.printable(token.name)!r}) for good?", abort=True)
         store.delete(token_id)
     click.echo(f"Deleted token {token_id}.", err=True)
-
-
-def _found(store: QuotaStore, token_id: int) -> Token:
-    token = store.find(token_id)
-    if token is None:
-        raise TokenNotFound(f"there is no token {token_id}")
-    return token
 
 
 COMMANDS = (create, list_tokens, show, update, rotate, delete)

@@ -13,6 +13,7 @@ from werkzeug.exceptions import NotFound
 
 from ..middleware import UsageMiddleware
 from ..stores.sqlite import SQLiteTokenStore
+from ..tokens import strip_prefix
 from . import server
 from .common import database_option, open_store
 
@@ -65,6 +66,8 @@ def demo(host: str, port: int) -> None:
             key, _ = store.create(
                 name="Demo Token", total_available=1_000_000, model_limits={"gpt-4o-mini": 500_000, "gpt-4o": True}
             )
+            # As if it had been in use: the documented example has these totals.
+            store.charge(strip_prefix(key), 12_345, model="gpt-4o-mini")
             unlimited, _ = store.create(name="Unlimited Token", unlimited_quota=True)
             expired, _ = store.create(name="Expired Token", total_available=5000, expires_at=int(time.time()) - 86400)
 
@@ -73,7 +76,9 @@ def demo(host: str, port: int) -> None:
                 for title, shown in (("", key), ("unlimited", unlimited), ("expired", expired)):
                     comment = f"  # {title}" if title else ""
                     click.echo(f"  curl -H 'Authorization: Bearer {shown}' {url}/api/usage/token{comment}")
-                click.echo(f"\nLook at the database from another shell:\n\n  usage-middleware list --db {path}\n")
+                click.echo("\nCharge it from another shell and ask again, or look at all tokens:\n")
+                click.echo(f"  usage-middleware charge --db {path} 1 1000")
+                click.echo(f"  usage-middleware list --db {path}\n")
                 click.echo("Ctrl-C stops the demonstration and removes its database.")
 
             _serve(UsageMiddleware(NotFound(), store), host, port, ready)
