@@ -38,3 +38,17 @@ def host(request, tmp_path):
 @pytest.fixture(scope="session")
 def readme():
     return (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="Run the evidence at its full size: hours of charges, kills and cuts instead of a minute.",
+    )
+
+
+@pytest.fixture
+def full(request):
+    """Whether a test is to run at its full size."""
+    return request.config.getoption("--full")
