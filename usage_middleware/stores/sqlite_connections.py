@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import random
 import sqlite3
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from ..errors import StoreError
 
 _MINIMUM_VERSION: Final = (3, 37)  # STRICT tables (sqlite.org/stricttables.html)
 _MOST_IDLE: Final = 32  # a connection more than these is closed when its thread is done with it
-_RETRY_INTERVAL: Final = 0.01  # seconds
+# Seconds between two attempts at a lock: about what a durable transaction takes.
+_LONGEST_PAUSE: Final = 0.004
+_SHORTEST_PAUSE: Final = 0.0005
+
+_Result = TypeVar("_Result")
 
 
 class Connections:
@@ -40,7 +45,7 @@ class Connections:
         """All rows of a query. No cursor stays open, which would keep SQLite from checkpointing."""
         connection, idle = self._acquire()
         try:
-            rows = connection.execute(sql, parameters).fetchall()
+            rows = self._patiently(lambda: connection.execute(sql, parameters).fetchall())
         except sqlite3.Error as error:
             connection.close()
             raise self._explained(error) from error
@@ -58,10 +63,10 @@ class Connections:
         connection, idle = self._acquire()
         try:
             # IMMEDIATE, as a deferred transaction that turns into a write fails at once where somebody else has
-            # written meanwhile, whatever the timeout (sqlite.org/lang_transaction.html, section 2.2).
-            connection.execute("BEGIN IMMEDIATE")
+            # written meanwhile, however long one waits (sqlite.org/lang_transaction.html, section 2.2).
+            self._patiently(lambda: connection.execute("BEGIN IMMEDIATE"))
             yield connection
-            connection.execute("COMMIT")
+            self._patiently(lambda: connection.execute("COMMIT"))
         except sqlite3.Error as error:
             connection.close()  # which rolls back
             raise self._explained(error) from error
@@ -82,14 +87,17 @@ class Connections:
         if self._closed:
             raise StoreError(f"the store of {self._path} is closed")
         idle = self._idle.get(os.getpid())
-        if idle is None:
-            # Several threads may come here at once: the later ones find nothing left to prepare.
-            connection = self._prepare()
-            return connection, self._idle.setdefault(os.getpid(), [])
         try:
-            return idle.pop(), idle
-        except IndexError:
-            return self._open("ro" if self._read_only else "rw"), idle
+            if idle is None:
+                # Several threads may come here at once: the later ones find nothing left to prepare.
+                connection = self._patiently(self._prepare)
+                return connection, self._idle.setdefault(os.getpid(), [])
+            try:
+                return idle.pop(), idle
+            except IndexError:
+                return self._patiently(lambda: self._open("ro" if self._read_only else "rw")), idle
+        except sqlite3.Error as error:
+            raise self._explained(error) from error
 
     def _release(self, connection: sqlite3.Connection, idle: list[sqlite3.Connection]) -> None:
         if len(idle) >= _MOST_IDLE or connection.in_transaction or self._closed:
@@ -99,21 +107,18 @@ class Connections:
 
     def _open(self, mode: str) -> sqlite3.Connection:
         """Opens a connection in an SQLite URI's ``mode``. Only ``rwc`` makes a file that is not there."""
-        try:
-            connection = sqlite3.connect(
-                f"{Path(self._path).as_uri()}?mode={mode}",
-                uri=True,
-                timeout=self._timeout,
-                isolation_level=None,  # transactions begin where this package begins them
-                check_same_thread=False,  # lent to one thread at a time
-            )
-        except sqlite3.Error as error:
-            raise self._explained(error) from error
+        connection = sqlite3.connect(
+            f"{Path(self._path).as_uri()}?mode={mode}",
+            uri=True,
+            timeout=0,  # _patiently waits instead
+            isolation_level=None,  # transactions begin where this package begins them
+            check_same_thread=False,  # lent to one thread at a time
+        )
         try:
             connection.execute(f"PRAGMA synchronous = {self._synchronous}")
-        except sqlite3.Error as error:
+        except BaseException:
             connection.close()
-            raise self._explained(error) from error
+            raise
         return connection
 
     def _prepare(self) -> sqlite3.Connection:
@@ -127,32 +132,34 @@ class Connections:
             if not sqlite_schema.is_current(connection):
                 if self._read_only:
                     raise StoreError("has not all tables of this version; open it once for writing")
-                self._use_write_ahead_log(connection)
+                _use_write_ahead_log(connection)
                 sqlite_schema.migrate(connection)
-        except BaseException as error:
+        except StoreError as error:
             connection.close()
-            if isinstance(error, StoreError):
-                raise StoreError(f"{self._path} {error}") from error.__cause__
-            if isinstance(error, sqlite3.Error):
-                raise self._explained(error) from error
+            raise StoreError(f"{self._path} {error}") from error.__cause__
+        except BaseException:
+            connection.close()
             raise
         return connection
 
-    def _use_write_ahead_log(self, connection: sqlite3.Connection) -> None:
-        """Switches the file to WAL, which lasts: readers and the writer do not wait for each other then."""
-        deadline = time.monotonic() + self._timeout
+    def _patiently(self, action: Callable[[], _Result]) -> _Result:
+        """Repeats what another process's lock keeps from being done, until the timeout.
+
+        SQLite's own busy handler asks the less often the longer it waits, up to ten times a second, and so lets
+        newcomers go first: with many writers, some wait for seconds. Here who waits longest asks most often.
+        """
+        begun = None
         while True:
             try:
-                (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+                return action()
             except sqlite3.OperationalError as error:
-                # Where several processes switch at once, SQLite does not wait for the others by itself.
-                if "locked" not in str(error) or time.monotonic() >= deadline:
+                if "locked" not in str(error):
                     raise
-                time.sleep(_RETRY_INTERVAL)
-                continue
-            if mode != "wal":
-                raise StoreError(f"cannot have a write-ahead log (journal mode is {mode!r}); use a local file system")
-            return
+                now = time.monotonic()
+                begun = begun or now
+                if now - begun >= self._timeout:
+                    raise
+            time.sleep(max(_LONGEST_PAUSE / (1 + 10 * (now - begun)), _SHORTEST_PAUSE) * random.uniform(0.5, 1.5))
 
     def _explained(self, error: sqlite3.Error) -> StoreError:
         """What the operator needs to know of an error. SQLite's texts hold names of tables and columns, no values."""
@@ -168,6 +175,13 @@ class Connections:
         else:
             reason = f"failed: {text}"
         return StoreError(f"{self._path} {reason}")
+
+
+def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
+    """Switches the file to WAL, which lasts: readers and the writer do not wait for each other then."""
+    (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+    if mode != "wal":
+        raise StoreError(f"cannot have a write-ahead log (journal mode is {mode!r}); use a local file system")
 
 
 def _why_not_openable(path: Path, read_only: bool) -> str:
