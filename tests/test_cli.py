@@ -16,7 +16,7 @@ import pytest
 
 from usage_middleware import SQLiteTokenStore, Token
 from usage_middleware.cli import commands, main
-from usage_middleware.cli.formats import format_time, parse_time, table
+from usage_middleware.cli.formats import describe, format_time, parse_expiry, parse_time, token_table
 
 SCRIPT = os.path.join(os.path.dirname(sys.executable), "usage-middleware")
 KEY = re.compile("sk-[0-9A-Za-z]{48}")
@@ -80,7 +80,7 @@ def test_everything_that_create_takes(db):
         "model_limits_enabled": True,
         "expires_at": 1893456000,
     }
-    assert {**run_json("show", 1), "created_at": 0} == {**created, "created_at": 0}
+    assert {**run_json("show", 1), "created_at": 0} == {**created, "created_at": 0, "model_usage": {}}
 
 
 def test_a_key_is_read_from_standard_input(db, monkeypatch):
@@ -123,7 +123,7 @@ def test_a_table_takes_tokens_as_they_come():
             number += 1
             yield Token(id=number)
 
-    lines = table(endless(), NOW)
+    lines = token_table(endless(), NOW)
     assert [next(lines).split()[0] for _ in range(2000)] == ["ID", *map(str, range(1, 2000))]
 
 
@@ -134,7 +134,111 @@ def test_show(db):
     assert "Name       Alice" in lines
     assert "Available  1,000" in lines
     assert "Expires    never" in lines
-    assert lines[-3:] == ["Models     only those below", "  gpt-4o: 500,000", "  any: no limit of its own"]
+    assert lines[-3:] == [
+        "Models     only those below",
+        "  gpt-4o  ░░░░░░░░░░░░░░░░░░░░  0 of 500,000 (0 %)",
+        "  any     0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("used", "granted", "shown"),
+    [
+        (0, 1000, "░░░░░░░░░░░░░░░░░░░░  0 of 1,000 (0 %)"),
+        (1, 1000, "█░░░░░░░░░░░░░░░░░░░  1 of 1,000 (0 %)"),
+        (500, 1000, "██████████░░░░░░░░░░  500 of 1,000 (50 %)"),
+        (999, 1000, "███████████████████░  999 of 1,000 (99 %)"),
+        (1000, 1000, "████████████████████  1,000 of 1,000 (100 %)"),
+        (1500, 1000, "████████████████████  1,500 of 1,000 (150 %)"),
+        (0, 0, "████████████████████  0 of 0 (none left)"),
+        (2**62, 2**63 - 1, "██████████░░░░░░░░░░  4,611,686,018,427,387,904 of 9,223,372,036,854,775,807 (50 %)"),
+    ],
+)
+def test_a_bar_is_only_empty_or_full_where_that_is_true(used, granted, shown):
+    token = Token(id=1, total_used=used, total_available=granted - used)
+    assert f"Used       {shown}" in list(describe(token, {}, NOW))
+
+
+def test_the_models_of_a_token_without_limits_are_shown_too():
+    token = Token(id=1, total_used=5, unlimited_quota=True, model_limits={"listed": 10})
+    assert list(describe(token, {"listed": 5, "\u6a21\u578b": 7}, NOW))[-3:] == [
+        "Models     any; the limits below are not enabled",
+        "  listed  ██████████░░░░░░░░░░  5 of 10 (50 %)",
+        "  \u6a21\u578b    7",
+    ]
+
+
+# --- Moving quota
+
+
+def test_grant_tops_up_and_takes_back(db):
+    run("create", "--quota", 100)
+    assert run_json("grant", 1, 50)["total_granted"] == 150
+    assert run_json("grant", 1, "-30")["total_granted"] == 120
+    assert "cannot be taken back" in run("grant", 1, -121, status=2)[1]
+    assert run_json("show", 1)["total_available"] == 120
+
+
+def test_charge_by_id_by_key_and_from_standard_input(db, monkeypatch):
+    key = run("create", "--quota", 100)[0].strip()
+    assert run_json("charge", 1, 5)["total_used"] == 5
+    assert run_json("charge", key, 5)["total_used"] == 10
+    monkeypatch.setattr(sys, "stdin", io.StringIO(key + "\n"))
+    assert run_json("charge", "-", 5)["total_used"] == 15
+    _, err = run("charge", "sk-canary", 5, status=2)
+    assert "canary" not in err
+
+
+def test_a_charge_with_an_operation_id_is_made_once(db):
+    run("create", "--quota", 100, "--model-limit", "gpt-4o=50")
+    for _ in range(2):
+        charged = run_json("charge", 1, 50, "--model", "gpt-4o", "--operation-id", "first")
+        assert (charged["total_used"], charged["model_usage"]) == (50, {"gpt-4o": 50})
+    assert "another amount" in run("charge", 1, 49, "--model", "gpt-4o", "--operation-id", "first", status=2)[1]
+
+
+def test_refund_gives_back(db):
+    run("create", "--quota", 100)
+    run("charge", 1, 50, "--operation-id", "first")
+    for _ in range(2):
+        assert run_json("refund", "first", 20, "--refund-id", "back")["total_used"] == 30
+    assert run_json("refund", "first")["total_used"] == 0
+    assert "left to refund" in run("refund", "first", 1, status=2)[1]
+
+
+def test_history_is_a_table_newest_first(db):
+    with SQLiteTokenStore(db) as store:
+        store._now = lambda: NOW
+        key = store.create(total_available=10_000)[0].removeprefix("sk-")
+        store.charge(key, 5000, model="gpt-4o", operation_id="first")
+        store._now = lambda: NOW + 60
+        store.reserve(key, 100, operation_id="second\x1b")
+        store.refund("first", 1000, refund_id="third")
+    assert run("history", 1)[0].splitlines() == [
+        "WHEN                  KIND     AMOUNT   HELD  NOTE      MODEL   OPERATION",
+        "2027-01-15 08:01 UTC  refund    1,000         of first  gpt-4o  third",
+        "2027-01-15 08:01 UTC  reserve     100    100  open              second\ufffd",
+        "2027-01-15 08:00 UTC  charge    5,000  4,000            gpt-4o  first",
+    ]
+    listed = run_json("history", 1)
+    assert [operation["id"] for operation in listed] == ["third", "second\x1b", "first"]
+    assert listed[-1]["held"] == 4000
+
+
+def test_history_of_a_token_without_any(db):
+    run("create")
+    assert run_json("history", 1) == []
+    assert len(run("history", 1)[0].splitlines()) == 1
+
+
+def test_prune_counts_what_it_forgot(db):
+    with SQLiteTokenStore(db) as store:
+        store._now = lambda: NOW
+        key = store.create(total_available=100)[0].removeprefix("sk-")
+        store.charge(key, 5)
+    assert "Forgot 0 operations" in run("prune", "--before", NOW)[1]
+    assert "Forgot 1 operation " in run("prune", "--older-than", NOW + 1)[1]
+    assert run_json("show", 1)["total_used"] == 5
 
 
 # --- Changing tokens
@@ -230,7 +334,10 @@ def test_the_database_may_be_named_on_either_side_and_goes_before_the_environmen
 
 
 def test_only_create_makes_a_database(db):
-    for args in (["list"], ["show", 1], ["update", 1, "--disable"], ["rotate", 1], ["delete", 1], ["serve"]):
+    for args in (
+        *(["list"], ["show", 1], ["update", 1, "--disable"], ["rotate", 1], ["delete", 1], ["serve"]),
+        *(["grant", 1, 5], ["charge", 1, 5], ["refund", "x"], ["history", 1], ["prune", "--before", "1d"]),
+    ):
         assert "there is no database" in run(*args, status=2)[1]
     assert not db.exists()
 
@@ -259,6 +366,17 @@ WRONG = [
     (["create"], "--model-limit =1", "must be a name"),
     (["create"], "--key canary,key", "a key must be"),
     (["create"], "--key canary-key-0001", "in use"),
+    (["grant"], "7 5", "there is no token 7"),
+    (["grant"], "1 many", "not a valid integer"),
+    (["grant"], "1 -5", "cannot be taken back"),
+    (["charge"], "1 5", "0 quota units left"),
+    (["charge"], "1 -5", "No such option"),
+    (["charge"], "7 5", "there is no token 7"),
+    (["charge"], "canary 5", "no token has this key"),
+    (["refund"], "unknown", "there is no operation 'unknown'"),
+    (["history"], "7", "there is no token 7"),
+    (["prune"], "", "Missing option '--before'"),
+    (["prune"], "--before soon", "'soon' is no time"),
     (["list"], "--db .", "is a directory"),
     (["create"], "--db missing/tokens.db", "there is no directory"),
     (["list"], "--db text", "not an SQLite database"),
@@ -352,7 +470,14 @@ def test_the_readme_names_every_command(readme):
     ],
 )
 def test_times_that_are_understood(text, expected):
-    assert parse_time(text, NOW) == expected
+    assert parse_expiry(text, NOW) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("30d", NOW - 30 * 86400), ("0s", NOW), ("2027-01-01", 1798761600), ("100y", 1)]
+)
+def test_times_that_have_passed(text, expected):
+    assert parse_time(text, NOW, past=True) == expected
 
 
 @pytest.mark.parametrize(
@@ -376,6 +501,12 @@ def test_times_that_are_understood(text, expected):
 def test_times_that_are_not(text):
     with pytest.raises(ValueError, match="is no time; write 30d"):
         parse_time(text, NOW)
+
+
+@pytest.mark.parametrize("text", ["never", "0", "-1"])
+def test_never_is_no_time_that_has_passed(text):
+    with pytest.raises(ValueError, match="is no time"):
+        parse_time(text, NOW, past=True)
 
 
 @pytest.mark.parametrize(
@@ -447,6 +578,12 @@ def test_demo_prints_a_curl_line_that_works_and_cleans_up(start, tmp_path):
     assert status == 200
     assert json.loads(body)["data"]["name"] == "Demo Token"
     assert headers["Content-Length"] == str(len(body))
+    # The charge that it prints moves the totals, while it is serving.
+    charge = re.search(r"usage-middleware (charge --db \S+ 1 1000)", log.read_text())[1].split()
+    subprocess.run([SCRIPT, *charge], check=True, capture_output=True)
+    after = json.loads(get(url, **{header: value})[2])["data"]
+    assert after["total_used"] == json.loads(body)["data"]["total_used"] + 1000
+    assert after["total_granted"] == json.loads(body)["data"]["total_granted"]
     assert get(url, **{header: value + "x"})[0] == 401
     assert get(url, path="/")[0] == 404
     listing = re.search(r"usage-middleware (list --db \S+)", log.read_text())[1].split()

@@ -124,7 +124,8 @@ def prune(before: int) -> None:
     """
     with open_store() as store:
         count = store.prune(before)
-    click.echo(f"Forgot {count:,} operations from before {formats.format_time(before)}.", err=True)
+    noun = "operation" if count == 1 else "operations"
+    click.echo(f"Forgot {count:,} {noun} from before {formats.format_time(before)}.", err=True)
 
 
 COMMANDS = (grant, charge, refund, history, prune)
