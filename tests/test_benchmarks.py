@@ -24,7 +24,14 @@ ROWS = [
     ("by hand: one look-up, one json.dumps", None),
     ("UsageMiddleware, MemoryTokenStore", None),
     ("UsageMiddleware, dict", None),
+    ("by hand", None),
+    ("SQLiteTokenStore.charge", 1.5),
+    ("by hand", None),
+    ("SQLiteTokenStore.charge", 1.5),
+    ("a third of the store's timeout", None),
+    ("SQLiteTokenStore.charge, the slowest", 1.0),
 ]
+SIZE = ["--rounds", "2", "--tokens", "1000", "--writers", "3", "--charges", "5"]
 
 
 @pytest.fixture
@@ -32,7 +39,7 @@ def run_benchmarks(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
 
     def run(*options):
-        command = [sys.executable, "-W", "error", BENCHMARKS, "--rounds", "2", "--tokens", "1000", *options]
+        command = [sys.executable, "-W", "error", BENCHMARKS, *SIZE, *options]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         # A connection that was left open is a ResourceWarning here.
         assert (done.returncode, done.stderr) == (0, "")
@@ -56,5 +63,5 @@ def test_every_measurement_is_made(run_benchmarks):
 def test_a_person_gets_a_table(run_benchmarks):
     report = run_benchmarks()
 
-    assert "rounds 2, tokens 1000" in report
+    assert "rounds 2, tokens 1000, writers 3, charges 5" in report
     assert re.findall(r"^  (\S.*?) +[\d.]+ us", report, re.MULTILINE) == [name for name, _ in ROWS]

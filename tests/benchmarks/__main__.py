@@ -25,10 +25,16 @@ from measurements import MEASUREMENTS, Options
 @click.option(
     "--tokens", default=100_000, show_default=True, type=click.IntRange(min=1), help="How many the database has."
 )
+@click.option(
+    "--writers", default=64, show_default=True, type=click.IntRange(min=1), help="How many processes charge at once."
+)
+@click.option(
+    "--charges", default=50, show_default=True, type=click.IntRange(min=1), help="How often each of them does."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for programs.")
-def main(rounds: int, tokens: int, as_json: bool) -> None:
+def main(rounds: int, tokens: int, writers: int, charges: int, as_json: bool) -> None:
     """Measure what the package costs, side by side with other ways of doing the same."""
-    options = Options(rounds=rounds, tokens=tokens)
+    options = Options(rounds=rounds, tokens=tokens, writers=writers, charges=charges)
     conditions = {**_machine(), **dataclasses.asdict(options)}
     tables = itertools.chain.from_iterable(measure(options) for measure in MEASUREMENTS)
     if as_json:

@@ -4,7 +4,7 @@ The contenders take short turns, A B C, B C A, C A B. A round is some of these f
 a turn that something disturbed does not. Each round gives a ratio of its own, and the median of those is reported.
 
 What is measured is the processor time of this thread. The clock on the wall would be unfair on a busy machine: the
-longer a turn is, the likelier another process comes in between. It does not tell what a call waits for a disk.
+longer a turn is, the likelier another process comes in between. Only where a call waits for the disk it has to be that.
 """
 
 from __future__ import annotations
@@ -27,27 +27,38 @@ class Contender:
     :param statement: what one call is, as :mod:`timeit` takes it. ``item`` in it is a fresh one for each call.
     :param make_item: makes an item, outside of the time that is measured.
     :param budget: the most that it may cost, as a multiple of the reference.
+    :param clock: what is measured; :func:`time.perf_counter` where a call waits for the disk.
+    :param calls: how many a turn has.
     :param names: what else the statement names.
     """
 
     def __init__(
-        self, name: str, statement: str, make_item: Callable[[], Any], *, budget: float | None = None, **names: Any
+        self,
+        name: str,
+        statement: str,
+        make_item: Callable[[], Any],
+        *,
+        budget: float | None = None,
+        clock: Callable[[], float] = time.thread_time,
+        calls: int = _CALLS,
+        **names: Any,
     ) -> None:
         self.name = name
         self.budget = budget
+        self._calls = calls
         # timeit compiles the loop for each contender anew. That matters: since Python 3.11 the code of a call is
         # specialised for what it calls, and a loop that calls now this, now that would be slow for all of them.
         # It also keeps the garbage collector from running meanwhile.
         self._timer = timeit.Timer(
             "for item in items:\n" + indent(statement, "    "),
             "items = [make_item() for _ in range(calls)]",
-            timer=time.thread_time,
-            globals={**names, "make_item": make_item, "calls": _CALLS},
+            timer=clock,
+            globals={**names, "make_item": make_item, "calls": calls},
         )
 
     def turn(self) -> float:
         """The seconds that a call took, on the average of one turn."""
-        return self._timer.timeit(1) / _CALLS
+        return self._timer.timeit(1) / self._calls
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from wsgiref.util import FileWrapper
 
+from charging import durable_charge, slowest_charge
 from comparing import Contender, Table, compare
 from flask import Flask, Response, request
 from tokens_database import filled_database, key, random_keys
@@ -84,6 +85,8 @@ class Options:
 
     rounds: int
     tokens: int
+    writers: int
+    charges: int
 
 
 def pass_through(options: Options) -> Iterator[Table]:
@@ -170,6 +173,8 @@ MEASUREMENTS: tuple[Callable[[Options], Iterator[Table]], ...] = (
     pass_through,
     usage_request,
     usage_request_in_memory,
+    lambda options: durable_charge(options.rounds),
+    lambda options: slowest_charge(options.writers, options.charges),
 )
 
 
