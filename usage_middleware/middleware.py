@@ -101,7 +101,10 @@ def _raw_paths(path: str) -> tuple[str, str]:
         raise TypeError(f"path must be a str, got {path!r}")
     if not path.startswith("/") or "?" in path or "#" in path:
         raise ValueError(f"path must begin with '/' and have no query, such as '/api/usage/token', got {path!r}")
-    raw = path.encode("utf-8").decode("latin-1").rstrip("/")
+    try:
+        raw = path.encode("utf-8").decode("latin-1").rstrip("/")
+    except UnicodeEncodeError:
+        raise ValueError(f"path must be text that UTF-8 can carry, got {path!r}") from None
     return raw, raw + "/"
 
 

@@ -25,7 +25,8 @@ _EVERY_ANSWER: Final[tuple[Header, ...]] = (
 )
 _ALLOWED_REQUEST_HEADERS: Final = ("Authorization", "Content-Type")
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 section 5.6.2, token
-_ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.\-]*://[^\s/?#,@]+")  # RFC 6454 section 6.2, serialised
+# RFC 6454 section 6.2, as browsers serialise it: without capitals, and no pattern.
+_ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.\-]*://[^\s/?#,@*A-Z]+")
 
 
 #: One answer: the status and the headers, as ``start_response`` takes them, and the body, which ``HEAD`` does not get.

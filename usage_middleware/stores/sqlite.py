@@ -103,7 +103,7 @@ class SQLiteTokenStore(QuotaStore):
         synchronous: str = "FULL",
         read_only: bool = False,
     ) -> None:
-        name = os.fspath(path)
+        name = os.fspath(path) if isinstance(path, os.PathLike) else path
         if not isinstance(name, str):
             raise TypeError(f"path must be a str or a path object, got {path!r}")
         if name in ("", ":memory:") or name.startswith("file:"):
@@ -233,7 +233,7 @@ def _token(row: Sequence[Any]) -> Token:
             enabled=row[9] == 1,
             created_at=row[10],
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise StoreError(f"token {row[0]} is damaged in the database: {error}") from error
 
 

@@ -75,6 +75,7 @@ def operations(db: Database) -> None:
 
 
 _STEPS = (tokens, operations)
+_NAMES = ("tokens", "retired_keys", "operations", "model_usage")
 _migrations = Migrations("usage_middleware")
 for _step in _STEPS:
     _migrations()(_step)
@@ -83,6 +84,7 @@ for _step in _STEPS:
 def is_current(connection: sqlite3.Connection) -> bool:
     """Whether the database has every table in its newest form. Reads only.
 
+    :param connection: has a transaction open, as it takes two reads, and another process may migrate between them.
     :raises StoreError: the database was made by a newer version, or by something else; without the file's name.
     """
     db = _database(connection)
@@ -92,8 +94,10 @@ def is_current(connection: sqlite3.Connection) -> bool:
         raise StoreError(
             f"was made by a newer version of usage-middleware (it has {', '.join(sorted(unknown))}); update this one"
         )
-    if not applied and db["tokens"].exists():
-        raise StoreError("has a table 'tokens' that usage-middleware did not make; choose another file")
+    if not applied:
+        for (name,) in db.execute("SELECT name FROM sqlite_master").fetchall():
+            if name.lower() in _NAMES:
+                raise StoreError(f"has a table {name!r} that usage-middleware did not make; choose another file")
     return len(applied) == len(_STEPS)
 
 

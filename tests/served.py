@@ -1,0 +1,64 @@
+"""The application that test_servers.py has real servers serve, in processes of their own.
+
+``TOKENS_DATABASE`` names the database. Where ``KEY_ASKED_AT_IMPORT`` is set, the store is asked for that key while
+this module is imported, so that a server which imports it before it forks has an open connection then.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
+
+from usage_middleware import SQLiteTokenStore, UsageMiddleware
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+
+class Stream:
+    """A response of unknown length that writes a line, in a file beside the database, each time it is closed."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from (b"one, ", b"two, ", b"three")
+
+    def close(self) -> None:
+        with open(f"{database}-closed", "a") as log:
+            log.write("closed\n")
+
+
+def host(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    """The wrapped application. A path that it does not know is answered with what the request asked for."""
+    method, prefix, path = environ["REQUEST_METHOD"], environ["SCRIPT_NAME"], environ["PATH_INFO"]
+    headers = [("Content-Type", "text/plain")]
+    if path == "/stream":
+        start_response("200 OK", headers)
+        return Stream()
+    if path == "/body":
+        body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
+    elif path == "/create":
+        body = store.create()[0].encode()
+    else:
+        body = f"{method} [{prefix}] {path}".encode("latin-1")
+    start_response("200 OK", [*headers, ("Content-Length", str(len(body)))])
+    return [body]
+
+
+def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    """Adds to every response which process it comes from."""
+
+    def start(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
+        return start_response(status, [*headers, ("Served-By", str(os.getpid()))], *exc_info)
+
+    return mounted(environ, start)
+
+
+database = os.environ["TOKENS_DATABASE"]
+store = SQLiteTokenStore(database)
+wrapped = UsageMiddleware(host, store)
+mounted = DispatcherMiddleware(wrapped, {"/prefix": wrapped})
+
+if "KEY_ASKED_AT_IMPORT" in os.environ:
+    assert store.get(os.environ["KEY_ASKED_AT_IMPORT"]) is not None
