@@ -45,9 +45,8 @@ def shell(command):
 
 
 def test_every_block_is_covered_here(blocks):
-    assert [kind for kind, _ in blocks] == [
-        *("console", "console", "python", "console", "python", "console", "python", "python", "console"),
-    ]
+    kinds = ["console", "console", "python", "console", "python", "python", "python", "console"]
+    assert [kind for kind, _ in blocks] == kinds
 
 
 def test_the_demonstration(blocks):
@@ -81,13 +80,10 @@ def test_the_flask_application_and_its_token(blocks, tmp_path):
     answer = app.test_client().get("/api/usage/token", headers={"Authorization": f"Bearer {key.strip()}"})
     assert answer.json["data"]["total_available"] == 1_000_000
 
-    ((charge, charged),) = commands(block(blocks, "console", "usage-middleware charge"))
-    printed = re.sub(r"…\w{4}", "…", re.sub(r"(?<=Created    ).*", "…", shell(charge)))
-    assert printed == charged
     headers = {"Authorization": f"Bearer {key.strip()}", "X-Request-Id": "mine"}
     for _ in range(2):
         assert app.test_client().post("/work", data="x" * 100, headers=headers).json == {"cost": 100}
-    assert app.wsgi_app.store.find(1).total_used == 250_100
+    assert app.wsgi_app.store.find(1).total_used == 100
     app.wsgi_app.store.grant(1, -app.wsgi_app.store.find(1).total_available)
     assert app.test_client().post("/work", headers={**headers, "X-Request-Id": "next"}).status_code == 402
     app.wsgi_app.store.close()
