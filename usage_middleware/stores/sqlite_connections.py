@@ -18,9 +18,8 @@ from ..errors import StoreError
 _MINIMUM_VERSION: Final = (3, 37)  # STRICT tables (sqlite.org/stricttables.html)
 _MOST_IDLE: Final = 32  # a connection more than these is closed when its thread is done with it
 _CHECK_INTERVAL: Final = 1.0  # seconds in which readers do not look whether the file is still the same
-# Seconds between two attempts at a lock: about what a durable transaction takes.
-_LONGEST_PAUSE: Final = 0.004
-_SHORTEST_PAUSE: Final = 0.0005
+# Seconds between two attempts at a lock, on the average. Shorter ones cost more, with many who wait, than they gain.
+_PAUSE: Final = 0.004
 
 _Result = TypeVar("_Result")
 
@@ -28,11 +27,13 @@ _Result = TypeVar("_Result")
 class _Pool:
     """The connections of one process to one file."""
 
-    __slots__ = ("check_at", "closed", "file", "idle", "open")
+    __slots__ = ("check_at", "closed", "file", "idle", "open", "writing")
 
     def __init__(self, file: tuple[int, int] | None) -> None:
         self.idle: list[sqlite3.Connection] = []
         self.open: set[sqlite3.Connection] = set()  # those that are lent out, too
+        # Threads of one process wait here for each other, so that only one of them asks SQLite again and again.
+        self.writing = threading.Lock()
         self.file = file
         self.check_at = time.monotonic() + _CHECK_INTERVAL
         self.closed = False
@@ -95,6 +96,9 @@ class Connections:
         if self._read_only:
             raise StoreError(f"{self._path} was opened read-only")
         connection, pool = self._acquire(write=True)
+        if not pool.writing.acquire(timeout=self._timeout):
+            self._release(connection, pool)
+            raise self._locked()
         try:
             # IMMEDIATE, as a deferred transaction that turns into a write fails at once where somebody else has
             # written meanwhile, however long one waits (sqlite.org/lang_transaction.html, section 2.2).
@@ -109,6 +113,8 @@ class Connections:
                 connection.rollback()
             self._release(connection, pool)
             raise
+        finally:
+            pool.writing.release()
         self._release(connection, pool)
 
     def close_idle(self) -> None:
@@ -216,8 +222,9 @@ class Connections:
     def _patiently(self, action: Callable[[], _Result]) -> _Result:
         """Repeats what another process's lock keeps from being done, until the timeout.
 
-        SQLite's own busy handler asks the less often the longer it waits, up to ten times a second, and so lets
-        newcomers go first: with many writers, some wait for seconds. Here who waits longest asks most often.
+        SQLite's own busy handler asks the less often the longer it waits, down to ten times a second, and so lets
+        newcomers go first: with many writers, some wait for seconds. Here all ask equally often, so that each time
+        the lock is free everybody has the same chance.
         """
         begun = None
         while True:
@@ -230,14 +237,14 @@ class Connections:
                 begun = begun or now
                 if now - begun >= self._timeout:
                     raise
-            time.sleep(max(_LONGEST_PAUSE / (1 + 10 * (now - begun)), _SHORTEST_PAUSE) * random.uniform(0.5, 1.5))
+            time.sleep(_PAUSE * random.uniform(0.5, 1.5))
 
     def _explained(self, error: sqlite3.Error) -> StoreError:
         """What the operator needs to know of an error. SQLite's texts hold no keys and no digests."""
         text = str(error)
         if "locked" in text:
-            reason = f"is locked: another process held it for longer than the timeout of {self._timeout:g} s"
-        elif "not a database" in text:
+            return self._locked()
+        if "not a database" in text:
             reason = "is not an SQLite database"
         elif "unable to open" in text:
             reason = f"cannot be opened: {self._why_not_openable()}"
@@ -246,6 +253,9 @@ class Connections:
         else:
             reason = f"failed: {text}"
         return StoreError(f"{self._path} {reason}")
+
+    def _locked(self) -> StoreError:
+        return StoreError(f"{self._path} is locked: others held it for longer than the timeout of {self._timeout:g} s")
 
     def _why_not_openable(self) -> str:
         folder = os.path.dirname(self._path)
