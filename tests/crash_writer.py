@@ -1,0 +1,96 @@
+"""A program that charges a token and is killed while it does so, over and over: ``test_crashes.py`` starts it.
+
+Each of its lives is a process that makes one call after the other, and reports each that has returned. Processes are
+forked from this small one, which opens no database: they are many, and a new interpreter for each takes longer than
+its life.
+"""
+
+import itertools
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from typing import NamedTuple
+
+from usage_middleware import SQLiteTokenStore
+
+MODELS = ("gpt-4o", "gpt-4o-mini", None)
+LONGEST_LIFE = 0.05  # seconds after its first call: some dozen calls
+A_DAY = 86_400  # what no reservation of a test outlives
+PROCESSES = multiprocessing.get_context("fork")
+
+
+class Step(NamedTuple):
+    """One call. What it is called with tells it from every other."""
+
+    method: str
+    operation_id: str  # of a settle, that of the reservation
+    amount: int
+    model: str | None = None
+    refund_of: str | None = None
+
+
+def steps(life):
+    """The calls of a life, without end. Each changes something."""
+    numbers = random.Random(life)
+    for number in itertools.count():
+        operation_id = f"{life}/{number}"
+        amount = numbers.randint(1, 100)
+        model = numbers.choice(MODELS)
+        method = numbers.choice(("charge", "charge", "reserve", "refund"))
+        if method == "reserve":
+            yield Step("reserve", operation_id, amount, model)
+            yield Step("settle", operation_id, numbers.randint(0, 100))
+        else:
+            yield Step("charge", operation_id, amount, model)
+        if method == "refund":
+            yield Step("refund", f"{operation_id}/refund", numbers.randint(1, amount), refund_of=operation_id)
+
+
+def take(step, store, key):
+    if step.method == "settle":
+        store.settle(step.operation_id, step.amount)
+    elif step.method == "refund":
+        store.refund(step.refund_of, step.amount, refund_id=step.operation_id)
+    elif step.method == "reserve":
+        store.reserve(key, step.amount, model=step.model, operation_id=step.operation_id, expires_in=A_DAY)
+    else:
+        store.charge(key, step.amount, model=step.model, operation_id=step.operation_id)
+
+
+def live(path, key, life, reports, others):
+    # Only the parent reads, so that a life whose parent is gone cannot report, and ends.
+    os.close(others)
+    store = SQLiteTokenStore(path)
+    for step in steps(life):
+        take(step, store, key)
+        os.write(reports, b".")
+
+
+def live_and_die(path, key, life):
+    """Returns how many calls of a life have returned before it was killed."""
+    reading, writing = os.pipe()
+    process = PROCESSES.Process(target=live, args=(path, key, life, writing, reading))
+    process.start()
+    os.close(writing)
+    with open(reading, "rb", buffering=0) as reports:
+        returned = len(reports.read(1))
+        time.sleep(random.Random(life).uniform(0, LONGEST_LIFE))
+        process.kill()
+        process.join()
+        returned += len(reports.readall())
+    if process.exitcode != -signal.SIGKILL:
+        sys.exit(f"life {life} ended by itself, with {process.exitcode}")
+    return returned
+
+
+def main(path, key, lane, lives):
+    for number in range(int(lives)):
+        life = f"{lane}-{number}"
+        print(life, live_and_die(path, key, life), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
