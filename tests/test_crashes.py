@@ -96,7 +96,7 @@ def first_steps(life, count):
 
 def kill_writers(path, key, lanes, lives):
     """Kills writers one after the other, in several lanes at once. Returns how many calls of each have returned."""
-    command = [sys.executable, crash_writer.__file__, path, key]
+    command = [sys.executable, "-W", "error", crash_writer.__file__, path, key]
     processes = [
         subprocess.Popen([*command, str(lane), str(lives)], stdout=subprocess.PIPE, text=True) for lane in range(lanes)
     ]
@@ -443,8 +443,9 @@ def check_every_statement(start, call, statements, error, raised):
     for number, when in places:
         path, store = start(f"{number} {when}")
         with store:
-            with statements.watched({(number, when): error}), pytest.raises(raised):
+            with statements.watched({(number, when): error}), pytest.raises(raised) as caught:
                 call(store)
+            assert (raised is StoreError) == isinstance(caught.value.__cause__, sqlite3.Error)
             # A call that takes more than one transaction, prune(), has done all in the first.
             made = "COMMIT" in ran[: number - 1]
             assert content(path) == (after if made else before)

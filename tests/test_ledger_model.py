@@ -39,7 +39,7 @@ MOST = 2**63 - 1
 START = 1_800_000_000
 MOST_TOKENS = 3
 
-EXAMPLES, STEPS = 150, 3_000
+EXAMPLES, STEPS = 160, 4_000
 FULL_EXAMPLES, FULL_STEPS = 3_000, 100_000
 STEPS_OF_AN_EXAMPLE = 50  # at most
 
@@ -262,10 +262,6 @@ def has_lapsed(entry, now):
     return entry["kind"] == "reserve" and entry["final_amount"] is None and entry["expires_at"] <= now
 
 
-def is_there(entry):
-    return entry["kind"] in ("charge", "reserve") and not entry["pruned"]
-
-
 def is_finished(entry, before, lapsed_before):
     return has_lapsed(entry, lapsed_before) or (entry["final_amount"] is not None and entry["changed_at"] < before)
 
@@ -279,24 +275,24 @@ def check_amount(amount, least):
 AMOUNTS = st.sampled_from([*range(6)] * 6 + [-1, MOST - 5, MOST - 1, MOST, MOST + 1])
 GRANTS = st.sampled_from([*range(-6, 7)] * 3 + [-MOST - 1, -MOST, 5 - MOST, MOST - 5, MOST, MOST + 1])
 AVAILABLE = st.sampled_from([*range(13)] * 3 + [MOST - 5, MOST])
-MODELS = st.sampled_from([None, "capped", "other"])
-NAMES = ["a", "b", "c", "d"]
-IDS = st.sampled_from([None, None, None, *NAMES])
-METHODS = st.sampled_from(["charge", "charge_by_id", "reserve", "reserve"])
+MODELS = st.sampled_from([None, "capped", "capped", "other"])
+LIMITS = st.sampled_from([{"capped": 5}, {"capped": 8, "other": True}, {"capped": 0, "other": 3}, {"other": True}, {}])
+NAMES = [*"abcdefgh"]
+IDS = st.sampled_from([None] * 4 + NAMES)
 KEYS = st.sampled_from([None, None, "a-key", "another-key"])
-SECONDS = st.sampled_from([0.5, 0.5, 10, 60, 600])
-PAUSES = st.sampled_from([0, 0, 0, 0.5, 10, 60])
+SECONDS = st.sampled_from([0.5, 0.5, 10, 10, 60, 600])
+PAUSES = st.sampled_from([0, 0, 0.5, 10, 60])
 AGES = st.sampled_from([600, 60, 60, 10, 10, 0.5, 0, -60])
 JUMPS = st.sampled_from([0.5, 10, 60, 60, 600, -0.5, -60])
 FIELDS = {
     "unlimited_quota": st.sampled_from([False, False, True]),
-    "model_limits": st.dictionaries(st.sampled_from(["capped", "other"]), st.just(True) | st.integers(0, 8)),
-    "model_limits_enabled": st.booleans(),
-    "expires_at": st.sampled_from([0, 0, 0, 0, 0, -1, START, START + 60]),
+    "model_limits": LIMITS,
+    "model_limits_enabled": st.sampled_from([True, True, False]),
+    "expires_at": st.sampled_from([0] * 9 + [-1, START, START + 60]),
 }
 PLAIN = {"unlimited_quota": False, "model_limits": {}, "model_limits_enabled": False, "expires_at": 0}
 CHANGEABLE = [*FIELDS, "enabled"]
-CHANGES = st.fixed_dictionaries({}, optional={**FIELDS, "enabled": st.sampled_from([True, True, True, False])})
+CHANGES = st.fixed_dictionaries({}, optional={**FIELDS, "enabled": st.sampled_from([True, True, True, True, False])})
 
 # What may be another where a call is repeated.
 OTHERS = {
@@ -311,7 +307,8 @@ OTHERS = {
 
 # Which one of those that there are.
 TOKENS = st.runner().flatmap(lambda machine: st.sampled_from(machine.some_tokens()))
-OPERATIONS = st.runner().flatmap(lambda machine: st.sampled_from(machine.some_operations()))
+OPEN = st.runner().flatmap(lambda machine: st.sampled_from(machine.some_operations(is_open=True)))
+FINAL = st.runner().flatmap(lambda machine: st.sampled_from(machine.some_operations(is_open=False)))
 CALLS = st.runner().flatmap(lambda machine: st.sampled_from(machine.calls))
 
 # Hypothesis leaves some rules out of each example. One without operations shows little, so that all others wait for the
@@ -339,11 +336,15 @@ class Machine(RuleBasedStateMachine):
         deleted = [token_id for token_id in self.keys if token_id not in self.model.tokens]
         return [*self.model.tokens, *deleted[-1:]]
 
-    def some_operations(self):
-        """The ids of those that may be settled or refunded, of one of the others, and one that was never made."""
-        there = [entry["id"] for entry in self.model.operations if is_there(entry)]
-        others = [entry["id"] for entry in self.model.operations if not is_there(entry)]
-        return [*reversed(there), *there, *there, *others[-1:], "never made"]
+    def some_operations(self, *, is_open):
+        """The ids of operations, most of them of reservations that are open, or of what is final."""
+        entries = [entry for entry in self.model.operations if not entry["pruned"]]
+        meant = [
+            entry
+            for entry in entries
+            if entry["kind"] in ("charge", "reserve") and (entry["final_amount"] is None) == is_open
+        ]
+        return [entry["id"] for entry in [*meant, *meant, *meant, *entries]] or ["never made"]
 
     # --- Tokens
 
@@ -389,32 +390,25 @@ class Machine(RuleBasedStateMachine):
 
     # --- Operations
 
-    @rule(
-        seconds=PAUSES,
-        method=METHODS,
-        token_id=TOKENS,
-        amount=AMOUNTS,
-        model=MODELS,
-        operation_id=IDS,
-        expires_in=SECONDS,
-    )
-    def take(self, seconds, method, token_id, expires_in, **arguments):
-        self.set_the_clock(seconds)
-        if method == "charge_by_id":
-            arguments["token_id"] = token_id
+    @rule(seconds=PAUSES, token_id=TOKENS, amount=AMOUNTS, model=MODELS, operation_id=IDS, by_id=st.booleans())
+    def charge(self, seconds, token_id, by_id, **arguments):
+        self.model.now += seconds
+        if by_id:
+            self.call("charge_by_id", {"token_id": token_id, **arguments})
         else:
-            arguments["key"] = self.keys[token_id]
-        if method == "reserve":
-            arguments["expires_in"] = expires_in
-        self.call(method, arguments)
+            self.call("charge", {"key": self.keys[token_id], **arguments})
 
-    @precondition(lambda self: any(map(is_there, self.model.operations)))
-    @rule(operation_id=OPERATIONS, amount=AMOUNTS)
+    @rule(token_id=TOKENS, amount=AMOUNTS, model=MODELS, operation_id=IDS, expires_in=SECONDS)
+    def reserve(self, token_id, **arguments):
+        self.call("reserve", {"key": self.keys[token_id], **arguments})
+
+    @once_begun
+    @rule(operation_id=OPEN, amount=AMOUNTS)
     def settle(self, **arguments):
         self.call("settle", arguments)
 
-    @precondition(lambda self: any(map(is_there, self.model.operations)))
-    @rule(operation_id=OPERATIONS, amount=st.none() | AMOUNTS, refund_id=IDS)
+    @once_begun
+    @rule(operation_id=FINAL, amount=st.none() | AMOUNTS, refund_id=IDS)
     def refund(self, **arguments):
         self.call("refund", arguments)
 
@@ -442,7 +436,7 @@ class Machine(RuleBasedStateMachine):
     def set_the_clock(self, seconds):
         self.model.now += seconds
 
-    @once_begun
+    @precondition(lambda self: sum(not entry["pruned"] for entry in self.model.operations) > MOST_TOKENS)
     @rule(seconds=AGES)
     def prune(self, seconds):
         self.call("prune", {"before": self.model.now - seconds})
