@@ -384,7 +384,11 @@ def statements(monkeypatch):
             number = len(statements.seen)
             statements.reach((number, "before"))
             cursor = super().execute(sql, *parameters)
-            statements.reach((number, "after"))
+            try:
+                statements.reach((number, "after"))
+            except BaseException:
+                cursor.close()  # which nobody but this frame, and so the traceback, has
+                raise
             return cursor
 
         def rollback(self):
