@@ -32,7 +32,8 @@ class MemoryTokenStore(QuotaStore):
 
     @contextmanager
     def _transaction(self) -> Iterator[_Content]:
-        with self._reading() as content:
+        with self._lock:
+            content = self._open()
             try:
                 yield content
             except BaseException:
@@ -41,31 +42,30 @@ class MemoryTokenStore(QuotaStore):
             content.commit()
 
     def _get(self, digest: bytes) -> Token | None:
-        with self._reading() as content:
-            return content.load_by_digest(digest)
+        with self._lock:
+            return self._open().load_by_digest(digest)
 
     def _find(self, token_id: int) -> Token | None:
-        with self._reading() as content:
-            return content.load(token_id)
+        with self._lock:
+            return self._open().load(token_id)
 
     def _page(self, after: int, size: int) -> Sequence[Token]:
-        with self._reading() as content:
-            return content.page(after, size)
+        with self._lock:
+            return self._open().page(after, size)
 
     def _history(self, token_id: int, before: int, size: int) -> Sequence[Operation]:
-        with self._reading() as content:
-            return content.history(token_id, before, size)
+        with self._lock:
+            return self._open().history(token_id, before, size)
 
     def _model_usage(self, token_id: int) -> dict[str, int]:
-        with self._reading() as content:
-            return dict(content.usage.get(token_id, {}))
-
-    @contextmanager
-    def _reading(self) -> Iterator[_Content]:
         with self._lock:
-            if self._content is None:
-                raise StoreError("MemoryTokenStore is closed")
-            yield self._content
+            return dict(self._open().usage.get(token_id, {}))
+
+    def _open(self) -> _Content:
+        """The content; the caller holds the lock."""
+        if self._content is None:
+            raise StoreError("MemoryTokenStore is closed")
+        return self._content
 
     def close(self) -> None:
         self._content = None
