@@ -230,6 +230,7 @@ class LedgerContract:
         account.reserve(0, model="capped", operation_id="c")
         store.settle("c", 7)  # the work was done
         assert store.model_usage(account.id) == {"capped": 107}
+        account.charge(0, model="capped")
         with pytest.raises(QuotaExceeded):
             account.charge(1, model="capped")
 
@@ -267,6 +268,7 @@ class LedgerContract:
             lambda: account.reserve(5, operation_id="reserve", expires_in=601),
             lambda: account.charge(5, operation_id="reserve"),
             lambda: account.charge(1, operation_id="refund"),
+            lambda: account.charge(1, model="gpt-4o", operation_id="refund"),
             lambda: account.store.refund("charge", 2, refund_id="refund"),
             lambda: account.store.refund("charge", refund_id="refund"),
             lambda: account.store.refund("charge", 1, refund_id="charge"),
@@ -301,7 +303,8 @@ class LedgerContract:
         with pytest.raises(QuotaExceeded):
             account.charge(1)
         account.charge(0)
-        assert account.store.grant(account.id, 60).total_available == 10
+        assert account.store.grant(account.id, 20).total_available == -30
+        assert account.store.grant(account.id, 40).total_available == 10
 
     def test_settle_does_not_ask_whether_the_token_may_still_be_used(
         self, account: Account, clock: Callable[[float], None]
@@ -326,9 +329,11 @@ class LedgerContract:
             account.store.settle("missing", 0)
         account.charge(5, operation_id="charge")
         account.store.refund("charge", 1, refund_id="refund")
-        for operation_id in ("charge", "refund"):
-            with pytest.raises(OperationConflict):
-                account.store.settle(operation_id, 0)
+        account.store.grant(account.id, 7)
+        for operation in account.store.history(account.id):
+            for amount in (0, operation.final_amount):
+                with pytest.raises(OperationConflict):
+                    account.store.settle(operation.id, amount)  # type: ignore[arg-type]
         account.reserve(5, operation_id="reserve")
         account.store.delete(account.id)
         with pytest.raises(TokenNotFound):
@@ -412,6 +417,36 @@ class LedgerContract:
         account.store.settle(operation_id, 700)
         assert account.totals == (1000, 0)
 
+    def test_a_refusal_does_not_give_back_what_has_lapsed(
+        self, account: Account, clock: Callable[[float], None]
+    ) -> None:
+        account.reserve(700, model="gpt-4o", expires_in=60)
+        clock(60)
+        with pytest.raises(QuotaExceeded):
+            account.charge(1001)
+        assert account.totals == (700, 300)
+        assert account.store.model_usage(account.id) == {"gpt-4o": 700}
+        account.charge(1000)
+
+    def test_a_repeated_call_does_not_give_back_what_has_lapsed(
+        self, account: Account, clock: Callable[[float], None]
+    ) -> None:
+        account.charge(1, operation_id="once")
+        account.reserve(700, expires_in=60)
+        clock(60)
+        account.charge(1, operation_id="once")
+        assert account.totals == (701, 299)
+
+    def test_a_lapsed_reservation_is_given_back_to_its_own_token(
+        self, account: Account, clock: Callable[[float], None]
+    ) -> None:
+        other = Account(account.store)
+        other.reserve(700, expires_in=60)
+        clock(60)
+        account.charge(1)
+        assert account.totals == (1, 999)
+        assert other.totals == (700, 300)
+
     # --- refund
 
     def test_a_refund_gives_back_what_was_charged(self, account: Account) -> None:
@@ -446,12 +481,12 @@ class LedgerContract:
         account.store.settle("reserve", 200)
         assert account.totals == (50, 950)
 
-    @pytest.mark.parametrize("amount", [None, 100])
-    def test_a_repeated_refund_changes_nothing(self, account: Account, amount: int | None) -> None:
+    @pytest.mark.parametrize(("amount", "used"), [(None, 0), (100, 200), (300, 0)])
+    def test_a_repeated_refund_changes_nothing(self, account: Account, amount: int | None, used: int) -> None:
         account.charge(300, operation_id="charge")
         token = account.store.refund("charge", amount, refund_id="refund")
         assert account.store.refund("charge", amount, refund_id="refund") == token
-        assert account.totals == ((0, 1000) if amount is None else (200, 800))
+        assert account.totals == (used, 1000 - used)
 
     def test_what_cannot_be_refunded(self, account: Account) -> None:
         with pytest.raises(OperationNotFound, match="missing"):
@@ -484,9 +519,16 @@ class LedgerContract:
         store.settle("reserve", 3)
         assert account.totals == (203, 2)
         account.charge(2, operation_id="limited")
+        store.refund("reserve", 1)  # it was settled while quota was limited
+        assert account.totals == (204, 1)
+        account.reserve(1, operation_id="limited reserve")
         store.update(account.id, unlimited_quota=True)
         store.refund("limited")
         assert account.totals == (203, 2)
+        store.settle("limited reserve", 10)
+        assert account.totals == (212, 3)
+        store.refund("limited reserve")  # it was settled while quota was unlimited
+        assert account.totals == (202, 3)
 
     # --- grant
 
@@ -557,12 +599,17 @@ class LedgerContract:
         assert {operation.token_id for operation in (grant, refund, reserve, charge)} == {account.id}
 
     def test_a_long_history_is_read_page_by_page(self, account: Account) -> None:
+        Account(account.store).charge(0)
         for number in range(1010):
             account.charge(0, operation_id=str(number))
         assert [operation.id for operation in account.store.history(account.id)] == [*map(str, reversed(range(1010)))]
 
     def test_a_token_that_is_not_there_has_no_history(self, account: Account) -> None:
-        for token_id in (account.id + 1, 0, -1, MAX_INTEGER + 1):
+        deleted = Account(account.store)
+        deleted.charge(1, model="gpt-4o")
+        deleted.store.delete(deleted.id)
+        assert account.store.model_usage(deleted.id) == {}
+        for token_id in (account.id + 2, 0, -1, MAX_INTEGER + 1):
             assert list(account.store.history(token_id)) == []
             assert account.store.model_usage(token_id) == {}
 
@@ -586,6 +633,7 @@ class LedgerContract:
         # A time to come takes all that is finished, and no reservation that has not lapsed.
         assert account.store.prune(_NOW + 10_000) == 3
         assert {operation.id for operation in account.store.history(account.id)} == {"open", "lapses later"}
+        assert account.totals == (46, 954)
         account.store.settle("open", 8)
         account.store.settle("lapses later", 32)
         assert account.totals == (46, 954)
