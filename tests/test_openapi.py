@@ -327,7 +327,7 @@ def test_it_does_not_describe_a_wrong_answer(key, mutate):
 
 
 def schemathesis(folder, url, keys, *options):
-    """Has schemathesis, at work in ``folder``, ask the server at ``url``, with these keys, whatever the description lets it ask."""
+    """Has schemathesis ask a server whatever the description lets it ask; what it notes goes to ``folder``."""
     return subprocess.run(
         [
             *(SCRIPTS / "schemathesis", "--no-color", "run", FILE, "--url", url, "--checks", "all"),
