@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from ..errors import StoreError
 from ..operations import Operation
-from ..tokens import Token, encode_model_limits
+from ..tokens import Token, TokenRecord, encode_model_limits
 from .base import QuotaStore
 from .sqlite_connections import Connections
 
@@ -34,8 +34,13 @@ _VALUES: Final = (
 _SELECT: Final = f"SELECT id, {', '.join(_VALUES)} FROM tokens"
 _BY_DIGEST: Final = f"{_SELECT} WHERE digest = ?"
 _BY_ID: Final = f"{_SELECT} WHERE id = ?"
-_PAGE: Final = f"{_SELECT} WHERE id > ? ORDER BY id LIMIT ?"
-_INSERT: Final = f"INSERT INTO tokens ({', '.join(_VALUES)}, digest) VALUES ({', '.join('?' * len(_VALUES))}, ?)"
+_PAGE: Final = f"SELECT id, {', '.join(_VALUES)}, digest FROM tokens WHERE id > ? ORDER BY id LIMIT ?"
+# Adds nothing where the digest is taken. INSERT OR IGNORE would also ignore what else is wrong with a row.
+_INSERT: Final = (
+    f"INSERT INTO tokens ({', '.join(_VALUES)}, digest) SELECT {', '.join('?' * len(_VALUES))}, ?"
+    " WHERE NOT EXISTS (SELECT 1 FROM retired_keys WHERE digest = ?)"
+    " ON CONFLICT (digest) DO NOTHING"
+)
 _UPDATE: Final = f"UPDATE tokens SET {', '.join(f'{name} = ?' for name in _VALUES)} WHERE id = ?"
 _OPERATION_VALUES: Final = (
     "id",
@@ -69,16 +74,13 @@ _FORGET: Final = (
     " WHERE (final_amount IS NOT NULL AND changed_at < ?)"
     " OR (final_amount IS NULL AND held = 0 AND expires_at <= ?) ORDER BY number LIMIT ?)"
 )
+_MODEL_USAGE: Final = "SELECT token_id, model, used FROM model_usage WHERE token_id BETWEEN ? AND ?"
 _MODEL_USED: Final = "SELECT used FROM model_usage WHERE token_id = ? AND model = ?"
 _ADD_MODEL_USED: Final = (
     "INSERT INTO model_usage (token_id, model, used) VALUES (?, ?, ?)"
     " ON CONFLICT (token_id, model) DO UPDATE SET used = used + excluded.used"
 )
 _RETIRE: Final = "INSERT INTO retired_keys SELECT digest FROM tokens WHERE id = ?"
-_IS_TAKEN: Final = (
-    "SELECT EXISTS (SELECT 1 FROM tokens WHERE digest = :digest)"
-    " OR EXISTS (SELECT 1 FROM retired_keys WHERE digest = :digest)"
-)
 
 
 class SQLiteTokenStore(QuotaStore):
@@ -139,14 +141,14 @@ class SQLiteTokenStore(QuotaStore):
         rows = self._connections.read(_BY_ID, (token_id,))
         return _token(rows[0]) if rows else None
 
-    def _page(self, after: int, size: int) -> Sequence[Token]:
-        return [_token(row) for row in self._connections.read(_PAGE, (after, size))]
+    def _page(self, after: int, size: int) -> Sequence[tuple[Token, bytes]]:
+        return [(_token(row), row[-1]) for row in self._connections.read(_PAGE, (after, size))]
 
     def _history(self, token_id: int, before: int, size: int) -> Sequence[Operation]:
         return [_operation(row) for row in self._connections.read(_HISTORY, (token_id, before, size))]
 
-    def _model_usage(self, token_id: int) -> dict[str, int]:
-        return dict(self._connections.read("SELECT model, used FROM model_usage WHERE token_id = ?", (token_id,)))
+    def _model_usage(self, first_id: int, last_id: int) -> Sequence[tuple[int, str, int]]:
+        return self._connections.read(_MODEL_USAGE, (first_id, last_id))
 
     def close(self) -> None:
         self._connections.close()
@@ -169,10 +171,11 @@ class _SQLiteTransaction:
     def save(self, token: Token) -> None:
         self._execute(_UPDATE, (*_values(token), token.id))
 
-    def insert(self, token: Token, digest: bytes) -> int:
-        token_id = self._execute(_INSERT, (*_values(token), digest)).lastrowid
-        assert token_id is not None
-        return token_id
+    def insert(self, records: Sequence[TokenRecord]) -> Sequence[int | None]:
+        inserted = (
+            self._execute(_INSERT, (*_values(record.token), record.digest, record.digest)) for record in records
+        )
+        return [cursor.lastrowid if cursor.rowcount else None for cursor in inserted]
 
     def rekey(self, token: Token, digest: bytes) -> None:
         self._execute(_RETIRE, (token.id,))
@@ -183,10 +186,6 @@ class _SQLiteTransaction:
         self._execute(_RETIRE, (token_id,))
         self._execute("DELETE FROM model_usage WHERE token_id = ?", (token_id,))
         self._execute("DELETE FROM tokens WHERE id = ?", (token_id,))
-
-    def is_taken(self, digest: bytes) -> bool:
-        (taken,) = self._execute(_IS_TAKEN, {"digest": digest}).fetchone()
-        return bool(taken)
 
     def operation(self, operation_id: str) -> Operation | None:
         row = self._execute(_OPERATION, (operation_id,)).fetchone()
