@@ -22,8 +22,7 @@ class Host:
             return
         # Stores see keys stripped; what is brought may still have the prefix.
         _, token = self.store.create(key=with_prefix(key))
-        with self.store._transaction() as transaction:
-            transaction.save(dataclasses.replace(token, **fields))
+        self.store._transact(lambda transaction: transaction.save(dataclasses.replace(token, **fields)))
 
 
 @pytest.fixture(params=["dict", "memory", "sqlite"])

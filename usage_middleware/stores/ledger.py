@@ -12,8 +12,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from .. import operations as rules
 from ..errors import OperationConflict, TokenNotFound
@@ -41,8 +40,11 @@ class Ledger(ABC):
     # --- What a store brings.
 
     @abstractmethod
-    def _transaction(self) -> AbstractContextManager[Transaction, Any]:
-        """Opens a write transaction."""
+    def _transact(self, work: Callable[[Transaction], _Result]) -> _Result:
+        """What ``work`` returns, when all that it did in a transaction is committed; what it raises undoes all of it.
+
+        It has no effect beyond the transaction, as a database may ask for a transaction to be begun again.
+        """
 
     @abstractmethod
     def _history(self, token_id: int, before: int, size: int) -> Sequence[Operation]:
@@ -51,15 +53,6 @@ class Ledger(ABC):
     @abstractmethod
     def _model_usage(self, first_id: int, last_id: int) -> Sequence[tuple[int, str, int]]:
         """A token id, a model, and the units that it has used, for each model of the tokens from one id to another."""
-
-    def _transact(self, work: Callable[[Transaction], _Result]) -> _Result:
-        """What ``work`` returns, when all that it did is committed.
-
-        A store whose database may ask for a transaction to be begun again calls it again, so it does nothing beyond
-        the transaction.
-        """
-        with self._transaction() as transaction:
-            return work(transaction)
 
     def _now(self) -> float:
         """Unix time. A test of a store may set the clock."""

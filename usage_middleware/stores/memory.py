@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import StoreError
 from ..operations import Operation
 from ..tokens import Token, TokenRecord
 from .base import QuotaStore
-from .transaction import id_of
+from .transaction import Transaction, id_of
+
+_Result = TypeVar("_Result")
 
 
 class MemoryTokenStore(QuotaStore):
@@ -30,16 +31,16 @@ class MemoryTokenStore(QuotaStore):
     def __repr__(self) -> str:
         return "MemoryTokenStore()"
 
-    @contextmanager
-    def _transaction(self) -> Iterator[_Content]:
+    def _transact(self, work: Callable[[Transaction], _Result]) -> _Result:
         with self._lock:
             content = self._open()
             try:
-                yield content
+                result = work(content)
             except BaseException:
                 content.undo()
                 raise
             content.commit()
+            return result
 
     def _get(self, digest: bytes) -> Token | None:
         with self._lock:

@@ -6,15 +6,17 @@ import json
 import math
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
 
 from ..errors import StoreError
 from ..operations import Operation
 from ..tokens import Token, TokenRecord, encode_model_limits
 from .base import QuotaStore
 from .sqlite_connections import Connections
+from .transaction import Transaction
+
+_Result = TypeVar("_Result")
 
 _SYNCHRONOUS: Final = ("OFF", "NORMAL", "FULL", "EXTRA")  # sqlite.org/pragma.html#pragma_synchronous
 
@@ -128,10 +130,9 @@ class SQLiteTokenStore(QuotaStore):
     def __repr__(self) -> str:
         return f"SQLiteTokenStore({self._path!r})"
 
-    @contextmanager
-    def _transaction(self) -> Iterator[_SQLiteTransaction]:
+    def _transact(self, work: Callable[[Transaction], _Result]) -> _Result:
         with self._connections.write() as connection:
-            yield _SQLiteTransaction(connection)
+            return work(_SQLiteTransaction(connection))
 
     def _get(self, digest: bytes) -> Token | None:
         rows = self._connections.read(_BY_DIGEST, (digest,))

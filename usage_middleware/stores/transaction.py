@@ -14,8 +14,7 @@ from ..tokens import Token, TokenRecord
 class Transaction(Protocol):
     """One open write transaction of a store.
 
-    It commits when its context ends, and undoes all of it when an exception leaves that context. Loading a token
-    locks it: until the transaction ends nobody else writes it, its operations, or its model usage.
+    Loading a token locks it: until the transaction ends nobody else writes it, its operations, or its model usage.
     """
 
     def load(self, token_id: int) -> Token | None:
