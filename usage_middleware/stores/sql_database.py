@@ -48,21 +48,17 @@ class Database:
     """
 
     def __init__(self, url_or_engine: str | URL | Engine, dialects: Collection[str]) -> None:
-        engine: Engine
-        if isinstance(url_or_engine, Engine):
-            self._is_own = False
-            engine = url_or_engine
-            url = engine.url
-        elif isinstance(url_or_engine, (str, URL)):
-            self._is_own = True
-            url = _url(url_or_engine)
-            engine = _engine(url)
-        else:
+        if not isinstance(url_or_engine, (str, URL, Engine)):
             raise TypeError(f"an URL or an SQLAlchemy Engine is needed, got {type(url_or_engine).__name__}")
+        self._is_own = not isinstance(url_or_engine, Engine)
+        url = url_or_engine.url if isinstance(url_or_engine, Engine) else _url(url_or_engine)
+        self.dialect = url.get_backend_name()
         self.name = url.set(query={}).render_as_string(hide_password=True)
-        if engine.dialect.name not in dialects:
-            raise ValueError(f"{self.name} is none of the databases {', '.join(dialects)}")
-        self.dialect = engine.dialect.name
+        if self.dialect not in dialects:
+            raise ValueError(f"{self.dialect} is none of the databases that can be used: {', '.join(dialects)}")
+        engine = url_or_engine if isinstance(url_or_engine, Engine) else _engine(url)
+        if engine.dialect.is_async:
+            raise ValueError(f"{url.drivername} is an asynchronous driver; {_DRIVERS[self.dialect]} is not")
         self._engine = engine
         # READ COMMITTED, so that what is read behind a lock is what others have committed before it was had. An engine
         # of our own is made with it; MySQL would have to be told of it in every transaction.
@@ -174,10 +170,11 @@ def _engine(url: URL) -> Engine:
         )
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"{url.drivername} needs the package {error.name}; pip install 'usage-middleware[sql]' installs the usual"
+            f"{url.drivername} needs the package {error.name}; "
+            "pip install 'usage-middleware[sql]' brings psycopg and PyMySQL"
         ) from None
     except SQLAlchemyError as error:
-        raise ValueError(f"{url.drivername} is no database that can be used: {error}") from None
+        raise ValueError(f"{url.drivername} is no driver that SQLAlchemy knows: {error}") from None
 
 
 def _may_repeat(error: SQLAlchemyError) -> bool:
