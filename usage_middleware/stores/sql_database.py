@@ -153,8 +153,8 @@ class Database:
 def _url(text: str | URL) -> URL:
     try:
         url = make_url(text)
-    except ArgumentError:
-        # SQLAlchemy's message quotes it, and with it a password.
+    except (ArgumentError, ValueError):
+        # SQLAlchemy's messages quote it, and with it a password.
         raise ValueError("the URL of a database has the form postgresql://user:password@host/name") from None
     return url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
 
