@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import (
@@ -24,6 +24,7 @@ from ..operations import Operation
 from ..tokens import Token, TokenRecord
 from . import sql_schema
 from .base import QuotaStore
+from .health import Finding
 from .rows import OPERATION_COLUMNS, TOKEN_COLUMNS, operation_of, operation_values, token_of, token_values
 from .sql_database import POSTGRESQL, Database
 from .sql_schema import MYSQL, model_usage, operations, retired_keys, tokens
@@ -72,6 +73,12 @@ _lapsed_before: Final = (
 )
 _lapsed: Final = select(*_operation_columns).where(
     operations.c.token_id == bindparam("token_id"), operations.c.lapses_at <= bindparam("now")
+)
+_open_reservations: Final = (
+    select(*_operation_columns)
+    .where(operations.c.lapses_at.is_not(None), operations.c.number > bindparam("after"))
+    .order_by(operations.c.number)
+    .limit(bindparam("size"))
 )
 _is_finished: Final = or_(
     and_(operations.c.final_amount.is_not(None), operations.c.changed_at < bindparam("before")),
@@ -142,10 +149,21 @@ class SQLAlchemyTokenStore(QuotaStore):
         rows = self._database.read(_history, {"token_id": token_id, "before": before, "size": size})
         return [operation_of(row) for row in rows]
 
+    def _open_reservations(self, after: int, size: int) -> Sequence[Operation]:
+        self._prepare()
+        rows = self._database.read(_open_reservations, {"after": after, "size": size})
+        return [operation_of(row) for row in rows]
+
     def _model_usage(self, first_id: int, last_id: int) -> Sequence[tuple[int, str, int]]:
         self._prepare()
         rows = self._database.read(_model_usage, {"first": first_id, "last": last_id})
         return [(row.token_id, row.model, row.used) for row in rows]
+
+    def health(self) -> Iterator[Finding]:
+        from . import sql_health
+
+        self._prepare()
+        return iter(self._database.transact(lambda connection: list(sql_health.findings(connection))))
 
     def close(self) -> None:
         """Closes the connections, but for those of an engine that was handed in."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, TypeVar
 
 from ..operations import Operation
 from ..tokens import Token, TokenRecord
 from .base import QuotaStore
+from .health import Finding
 from .rows import OPERATION_COLUMNS, TOKEN_COLUMNS, operation_of, operation_values, token_of, token_values
 from .sqlite_connections import Connections
 from .transaction import Transaction
@@ -36,6 +37,9 @@ _HISTORY: Final = f"{_SELECT_OPERATION} WHERE token_id = ? AND number < ? ORDER 
 # The conditions are those of the partial index open_reservations, or SQLite would not use it.
 _LAPSED: Final = f"{_SELECT_OPERATION} WHERE final_amount IS NULL AND held > 0 AND token_id = ? AND expires_at <= ?"
 _LAPSED_BEFORE: Final = f"{_SELECT_OPERATION} WHERE final_amount IS NULL AND held > 0 AND expires_at <= ? LIMIT ?"
+_OPEN_RESERVATIONS: Final = (
+    f"{_SELECT_OPERATION} WHERE final_amount IS NULL AND held > 0 AND number > ? ORDER BY number LIMIT ?"
+)
 _INSERT_OPERATION: Final = (
     f"INSERT INTO operations ({', '.join(OPERATION_COLUMNS)}) VALUES ({', '.join('?' * len(OPERATION_COLUMNS))})"
 )
@@ -119,8 +123,16 @@ class SQLiteTokenStore(QuotaStore):
     def _history(self, token_id: int, before: int, size: int) -> Sequence[Operation]:
         return [operation_of(row) for row in self._connections.read(_HISTORY, (token_id, before, size))]
 
+    def _open_reservations(self, after: int, size: int) -> Sequence[Operation]:
+        return [operation_of(row) for row in self._connections.read(_OPEN_RESERVATIONS, (after, size))]
+
     def _model_usage(self, first_id: int, last_id: int) -> Sequence[tuple[int, str, int]]:
         return self._connections.read(_MODEL_USAGE, (first_id, last_id))
+
+    def health(self) -> Iterator[Finding]:
+        from . import sqlite_health
+
+        return sqlite_health.findings(self._path)
 
     def close(self) -> None:
         self._connections.close()
