@@ -15,12 +15,7 @@ _WAITING: Final = ("local", "remote_write", "on", "remote_apply")  # at least fo
 _POSTGRESQL: Final = (
     ("fsync", ("on",), problem, "a power failure may damage the whole database"),
     ("full_page_writes", ("on",), problem, "a power failure may damage the whole database"),
-    (
-        "synchronous_commit",
-        _WAITING,
-        warning,
-        "a crash may undo the last charges",
-    ),
+    ("synchronous_commit", _WAITING, warning, "a crash may undo the last charges"),
 )
 _MYSQL: Final = (
     ("innodb_flush_log_at_trx_commit", ("1",), warning, "a crash may undo the last charges"),
