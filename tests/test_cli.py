@@ -389,7 +389,11 @@ WRONG = [
     (["serve"], "--allow-origin app.example", "allow_origins must hold origins"),
     (["serve"], "--allow-origin https://app.example --no-cors", "exclude each other"),
     (["serve"], "--failure-limit often", "failure_limit must be one limit such as '20 per 20 minutes'"),
-    (["serve"], "--failure-limit 5/hour --failure-storage http://:canary@host", "failure_storage must be a storage URI"),
+    (
+        ["serve"],
+        "--failure-limit 5/hour --failure-storage http://:canary@host",
+        "failure_storage must be a storage URI",
+    ),
     (["serve"], "--failure-storage memory://", "--failure-storage needs a --failure-limit"),
     (["serve"], "--port 65536", "range"),
     (["serve"], "--host 192.0.2.1", "cannot listen on 192.0.2.1 port 8000"),

@@ -12,11 +12,12 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from ipaddress import IPv6Address, IPv6Network, ip_address
-from typing import TYPE_CHECKING, Final
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import SplitResult, urlsplit
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -86,7 +87,8 @@ class Throttle:
 
         def count(client: str, begin: int) -> int:
             # A second more than a window has: Memcached forgets up to a second early.
-            return storage.incr(f"usage-middleware/{self._name}/{begin}/{client}", self._period + 1)
+            expiry = min(self._period + 1, _LONGEST)
+            return storage.incr(f"usage-middleware/{self._name}/{begin}/{client}", expiry)
 
         return count
 
@@ -170,18 +172,24 @@ def _check_storage(uri: str) -> None:
 
 
 def _open_storage(uri: str) -> Storage:
-    from limits.storage import Storage, storage_from_string
+    from limits.storage import MemcachedStorage, Storage, storage_from_string
 
-    storage = storage_from_string(uri, **_timeouts(urlsplit(uri).scheme))
+    storage = storage_from_string(uri, **_client_options(urlsplit(uri)))
     if not isinstance(storage, Storage):
         raise TypeError("a storage for asyncio cannot be used here")
+    if isinstance(storage, MemcachedStorage):
+        # It would make a client for each thread, whose connection outlives the thread. These clients are safe to share.
+        client: Any = storage.storage
+        storage.client_getter = lambda module, hosts, **options: client
+        weakref.finalize(storage, client.close)
     return storage
 
 
-def _timeouts(scheme: str) -> dict[str, float | str | bool]:
-    """What its client calls the seconds to wait for. They default to none, or to minutes; a URI can have its own."""
-    if scheme == "memcached":
-        return {"connect_timeout": _TIMEOUT, "timeout": _TIMEOUT}
-    if scheme.startswith(("redis", "valkey")):
+def _client_options(uri: SplitResult) -> dict[str, float | str | bool]:
+    """How long a client waits: by default, for minutes or for ever. The URI of a Redis can say otherwise."""
+    if uri.scheme == "memcached":
+        pooling: dict[str, float | str | bool] = {"use_pooling": True} if "," in uri.netloc else {}
+        return {"connect_timeout": _TIMEOUT, "timeout": _TIMEOUT, **pooling}
+    if uri.scheme.startswith(("redis", "valkey")):
         return {"socket_connect_timeout": _TIMEOUT, "socket_timeout": _TIMEOUT}
     return {}
