@@ -386,16 +386,21 @@ def test_memory_is_bounded_whatever_number_of_addresses_come(clock, monkeypatch,
         tracemalloc.stop()
 
 
-def test_a_guesser_who_goes_on_is_not_forgotten_in_a_flood(clock, monkeypatch):
+def test_who_is_forgotten_in_a_flood_of_addresses(clock, monkeypatch):
     monkeypatch.setattr(throttle, "_MOST_CLIENTS", 100)
     app = make_app()
     assert statuses(app, 3) == [401] * 3
     for number in range(1000):
         guess(app, address=f"10.0.{number // 250}.{number % 250}")
+        # A guesser who goes on is not.
         if number % 50 == 0:
             assert guess(app).status == 429
-    # The one that has not failed for longest is.
-    assert guess(app, address="10.0.0.0").status == 401
+    # One who begins now is counted, and the one who has not failed for longest is forgotten.
+    assert statuses(app, 4, address="192.0.2.2") == [401, 401, 401, 429]
+    statuses(app, 4, address="192.0.2.3")
+    for number in range(100):
+        guess(app, address=f"10.1.0.{number}")
+    assert guess(app, address="192.0.2.3").status == 401
 
 
 # --- Threads and processes
@@ -627,7 +632,7 @@ def test_a_storage_that_is_down_at_the_start_does_no_harm(clock, tmp_path, caplo
         pytest.param({"failure_storage": ""}, ValueError, id="storage empty"),
         pytest.param({"failure_storage": "redis"}, ValueError, id="storage without a scheme"),
         pytest.param({"failure_storage": "canary://canary:canary@host"}, ValueError, id="storage of no such scheme"),
-        pytest.param({"failure_storage": "async+memory://"}, ValueError, id="storage for asyncio"),
+        pytest.param({"failure_storage": "async+memory://host"}, ValueError, id="storage for asyncio"),
         pytest.param({"failure_storage": "memcached://"}, ValueError, id="storage without a host"),
         pytest.param({"failure_storage": "memcached://canary@host"}, ValueError, id="storage without its port"),
         pytest.param({"failure_storage": "redis://:canary@host:canary"}, ValueError, id="storage with no such port"),
