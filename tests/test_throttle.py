@@ -126,10 +126,14 @@ def wait_for_port(port, process):
         time.sleep(0.01)
 
 
+PROGRAMS = {"redis": "redis-server", "memcached": "memcached"}
+CLIENTS = {"redis": "redis", "memcached": "pymemcache"}
+
+
 @contextmanager
 def storage_server(name, directory):
-    program, module = {"redis": ("redis-server", "redis"), "memcached": ("memcached", "pymemcache")}[name]
-    pytest.importorskip(module)
+    program = PROGRAMS[name]
+    pytest.importorskip(CLIENTS[name])
     if shutil.which(program) is None:
         pytest.skip(f"{program} is not installed")
     server = StorageServer(name, directory)
@@ -665,11 +669,10 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
     UsageMiddleware(not_found, {})
 
 
-@pytest.mark.parametrize("module", ["redis", "pymemcache"])
-def test_without_its_client_a_storage_is_refused(monkeypatch, module):
-    monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setitem(sys.modules, f"{module}.client", None)
-    scheme = "redis" if module == "redis" else "memcached"
+@pytest.mark.parametrize("scheme", ["redis", "memcached"])
+def test_without_its_client_a_storage_is_refused(monkeypatch, scheme):
+    monkeypatch.setitem(sys.modules, CLIENTS[scheme], None)
+    monkeypatch.setitem(sys.modules, f"{CLIENTS[scheme]}.client", None)
     with pytest.raises(ValueError, match=r"client \(redis, pymemcache, \.\.\.\) is installed"):
         make_app(storage=f"{scheme}://127.0.0.1:1")
 
@@ -687,6 +690,8 @@ def test_the_package_is_not_loaded_without_a_limit():
 
 @pytest.mark.parametrize("scheme", ["memory", "redis", "memcached"])
 def test_nothing_is_opened_or_asked_before_a_failure(scheme):
+    if scheme != "memory":
+        pytest.importorskip(CLIENTS[scheme])
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
         threads = threading.active_count()

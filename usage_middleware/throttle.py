@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("usage_middleware")
 
-_MOST_CLIENTS: Final = 50_000
+_MOST_CLIENTS: Final = 50_000  # in memory, about 300 bytes each
 _TIMEOUT: Final = 1.0  # seconds that one request waits for a storage that does not answer
 _PAUSE: Final = 5.0  # seconds in which a storage that failed is left alone, so that a flood does not wait for each try
 # Memcached takes more seconds than these for a date, which has long passed (its protocol.txt, "Expiration times").
@@ -73,10 +73,8 @@ class Throttle:
                 return 0  # another thread has just told of it
             self._asked_again_at = time.monotonic() + _PAUSE
             # Its text is not ours, and may quote the URI with its password.
-            logger.error(
-                "failure_storage (%s) failed: %s; nobody is throttled for %d s",
-                *(urlsplit(self._storage).scheme, type(error).__qualname__, _PAUSE),
-            )
+            kind, reason = urlsplit(self._storage).scheme, type(error).__qualname__
+            logger.error("failure_storage (%s) failed: %s; nobody is throttled for %d s", kind, reason, _PAUSE)
             return 0
         return begin + self._period - now if failures > self._amount else 0
 
