@@ -38,10 +38,13 @@ class CarelessStore(SQLiteTokenStore):
             token, total_used=token.total_used + amount, total_available=token.total_available - amount
         )
         operation = Operation(id=uuid.uuid4().hex, token_id=token.id, kind="charge", amount=amount, held=amount)
-        with self._transaction() as transaction:
+
+        def work(transaction):
             transaction.save(charged)
             transaction.insert_operation(operation)
-        return charged
+            return charged
+
+        return self._transact(work)
 
 
 def amounts(seed, count):

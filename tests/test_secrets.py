@@ -439,7 +439,7 @@ def test_no_error_and_no_repr_of_a_store_has_it(watch, store, state):
     for use in uses(store, token_id):
         errors.append(error_of(use))
         # Before the next use puts something else there.
-        for kept in reachable(store.__dict__):
+        for kept in reachable(store):
             assert_no_trace("the store's memory", kept, may_hold_digest=True)
     errors = [error for error in errors if error is not None]
     assert len(errors) > 20

@@ -260,8 +260,7 @@ def watch_connections():
 
 def use_two_connections(store, key):
     # A transaction holds the first.
-    with store._transaction():
-        assert store.get(key) is not None
+    store._transact(lambda transaction: store.get(key))
 
 
 def print_synchronous(path, **arguments):
@@ -807,9 +806,13 @@ def test_what_fails_changes_nothing(path, store, use, event, resolution):
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_what_is_interrupted_gives_the_lock_back(path, store, error):
     key, token = create(store)
-    with pytest.raises(error), store._transaction() as transaction:  # noqa: PT012 - the interruption is in between
+
+    def work(transaction):
         transaction.save(dataclasses.replace(token, name="x"))
         raise error
+
+    with pytest.raises(error):
+        store._transact(work)
     assert store.get(key) == token
     sql(path, "PRAGMA busy_timeout = 0", "BEGIN IMMEDIATE", "ROLLBACK")
 

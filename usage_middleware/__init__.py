@@ -1,5 +1,7 @@
 """Quota usage of API keys, at ``/api/usage/token`` of any WSGI application."""
 
+from typing import TYPE_CHECKING, Any
+
 from .authorization import bearer_key as bearer_key
 from .errors import ModelNotAllowed as ModelNotAllowed
 from .errors import OperationConflict as OperationConflict
@@ -16,5 +18,16 @@ from .operations import Operation as Operation
 from .stores.base import QuotaStore as QuotaStore
 from .stores.base import TokenStore as TokenStore
 from .stores.memory import MemoryTokenStore as MemoryTokenStore
+from .stores.opening import NEED_SQLALCHEMY, load
+from .stores.opening import open_store as open_store
 from .stores.sqlite import SQLiteTokenStore as SQLiteTokenStore
 from .tokens import Token as Token
+
+if TYPE_CHECKING:
+    from .stores.sqlalchemy import SQLAlchemyTokenStore as SQLAlchemyTokenStore
+
+
+def __getattr__(name: str) -> Any:
+    if name in NEED_SQLALCHEMY:
+        return load(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

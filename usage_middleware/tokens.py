@@ -22,7 +22,7 @@ KEY_PATTERN: Final = rf"[!-+\--~]{{1,{KEY_MAX_LENGTH}}}"
 
 _KEY_ALPHABET: Final = string.ascii_letters + string.digits
 _KEY_LENGTH: Final = 48  # what public clients expect behind the prefix; 285 bits
-_HINT_LENGTH: Final = 4
+HINT_LENGTH: Final = 4
 
 _INTEGER_FIELDS: Final = ("total_available", "total_used", "expires_at", "created_at")
 _BOOLEAN_FIELDS: Final = ("unlimited_quota", "model_limits_enabled", "enabled")
@@ -95,6 +95,18 @@ class Token:
     def total_granted(self) -> int:
         """All the quota that the token ever got, in quota units: what is used and what is available."""
         return self.total_used + self.total_available
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRecord:
+    """All that a store keeps of a token: what moves from one store to another."""
+
+    #: Its ``id`` is the number that the store it comes from had for it.
+    token: Token
+    #: :func:`key_digest` of its key.
+    digest: bytes = field(repr=False)
+    #: Model -> the quota units that it has used of the token.
+    model_usage: Mapping[str, int] = field(default_factory=dict)
 
 
 def _check_integer(name: str, value: object) -> None:
@@ -203,4 +215,4 @@ def key_digest(key: str) -> bytes:
 
 def key_hint(key: str) -> str:
     """The last four characters of a stripped key; nothing where four would be most of it."""
-    return key[-_HINT_LENGTH:] if len(key) >= 2 * _HINT_LENGTH else ""
+    return key[-HINT_LENGTH:] if len(key) >= 2 * HINT_LENGTH else ""

@@ -37,17 +37,46 @@ _port_option = click.option(
     "--allow-origin", "origins", metavar="ORIGIN", multiple=True, help="A web origin that may ask. Repeatable."
 )
 @click.option("--no-cors", is_flag=True, help="Let no web page ask.  [default: any may]")
-def serve(application: str | None, host: str, port: int, path: str, origins: tuple[str, ...], no_cors: bool) -> None:
+@click.option(
+    "--failure-limit", metavar="LIMIT", help="How often one client may send a wrong key, such as '20 per 20 minutes'."
+)
+@click.option(
+    "--failure-storage",
+    metavar="URI",
+    help="Where failures are counted, such as redis://localhost:6379.  [default: memory://]",
+)
+def serve(
+    application: str | None,
+    host: str,
+    port: int,
+    path: str,
+    origins: tuple[str, ...],
+    no_cors: bool,
+    failure_limit: str | None,
+    failure_storage: str | None,
+) -> None:
     """Serve the endpoint, alone or in front of an application.
 
     For a small service, and for trying things out; a busy one belongs under a WSGI server such as gunicorn.
     """
     if origins and no_cors:
         raise click.UsageError("--allow-origin and --no-cors exclude each other")
+    if failure_storage is not None and failure_limit is None:
+        raise click.UsageError("--failure-storage needs a --failure-limit")
     with open_store() as store:
         wrapped = server.load_application(application) if application else NotFound()
         allow_origins = () if no_cors else "*" if origins in ((), ("*",)) else origins
-        middleware = UsageMiddleware(wrapped, store, path=path, allow_origins=allow_origins)
+        try:
+            middleware = UsageMiddleware(
+                wrapped,
+                store,
+                path=path,
+                allow_origins=allow_origins,
+                failure_limit=failure_limit,
+                failure_storage="memory://" if failure_storage is None else failure_storage,
+            )
+        except ImportError as error:
+            raise click.UsageError(str(error)) from None
         store.find(1)  # a database that cannot be used is told now, not to the first client
         _serve(middleware, host, port, lambda url: click.echo(f"Serving {url}{path} (Ctrl-C stops it)", err=True))
 

@@ -8,20 +8,30 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Protocol, TypeVar
 
-from ..operations import MAX_INTEGER
-from ..tokens import Token, check_key, key_digest, key_hint, make_key, with_prefix
+from ..operations import MAX_INTEGER, check_amount, check_text
+from ..tokens import HINT_LENGTH, Token, TokenRecord, check_key, key_digest, key_hint, make_key, with_prefix
+from .health import Finding
 from .ledger import Ledger
-from .transaction import can_exist, find_token
+from .transaction import Transaction, can_exist, find_token, id_of
 
 _PAGE_SIZE: Final = 1000
 _CHANGEABLE: Final = frozenset(
     ("name", "unlimited_quota", "model_limits", "model_limits_enabled", "expires_at", "enabled")
 )
 _TOTALS: Final = frozenset(("total_available", "total_used", "total_granted"))
+
+_INTEGERS: Final = {
+    "total_available": "quota units",
+    "total_used": "quota units",
+    "total_granted": "quota units",
+    "expires_at": "Unix seconds",
+    "created_at": "Unix seconds",
+}
+_DIGEST_SIZE: Final = 32
 
 _QuotaStore = TypeVar("_QuotaStore", bound="QuotaStore")
 
@@ -57,8 +67,8 @@ class QuotaStore(Ledger):
         """The token of that id."""
 
     @abstractmethod
-    def _page(self, after: int, size: int) -> Sequence[Token]:
-        """Up to ``size`` tokens with an id greater than ``after``, by id."""
+    def _page(self, after: int, size: int) -> Sequence[tuple[Token, bytes]]:
+        """Up to ``size`` tokens with an id greater than ``after``, by id, each with its digest."""
 
     @abstractmethod
     def close(self) -> None:
@@ -108,11 +118,10 @@ class QuotaStore(Ledger):
         _check_storable(token)
         if not 0 <= total_available <= MAX_INTEGER:
             raise ValueError(f"total_available must be 0 to 2**63 - 1 quota units, got {total_available}")
-        digest = key_digest(stripped)
-        with self._transaction() as transaction:
-            if transaction.is_taken(digest):
-                raise ValueError("this key is in use or was before; a key never returns, so choose another")
-            token_id = transaction.insert(token, digest)
+        record = TokenRecord(token=token, digest=key_digest(stripped))
+        (token_id,) = self._transact(lambda transaction: transaction.insert([record]))
+        if token_id is None:
+            raise ValueError("this key is in use or was before; a key never returns, so choose another")
         return with_prefix(stripped), dataclasses.replace(token, id=token_id)
 
     def find(self, token_id: int) -> Token | None:
@@ -121,11 +130,39 @@ class QuotaStore(Ledger):
 
     def tokens(self) -> Iterator[Token]:
         """Every token, by id. They are read page by page: memory does not grow, and no lock is held in between."""
-        after = 0
-        while page := self._page(after, _PAGE_SIZE):
-            yield from page
-            assert page[-1].id is not None
-            after = page[-1].id
+        for page in self._pages():
+            for token, _ in page:
+                yield token
+
+    def records(self) -> Iterator[TokenRecord]:
+        """Every token with all that :meth:`restore` needs of it, by id, read as :meth:`tokens` reads them.
+
+        What open reservations hold counts as used: settle them, or let them lapse and charge or prune, before a move.
+        """
+        for page in self._pages():
+            usage: dict[int, dict[str, int]] = {}
+            for token_id, model, used in self._model_usage(id_of(page[0][0]), id_of(page[-1][0])):
+                usage.setdefault(token_id, {})[model] = used
+            for token, digest in page:
+                yield TokenRecord(token=token, digest=digest, model_usage=usage.get(id_of(token), {}))
+
+    def restore(self, records: Iterable[TokenRecord]) -> list[int | None]:
+        """Adds tokens as another store kept them, all of them in one transaction.
+
+        :return: for each the id of the new token, or ``None`` where its key is in use here, or was before.
+        :raises TypeError, ValueError: a record cannot be stored; no other is then.
+        """
+        checked = [_check_record(record) for record in records]
+
+        def work(transaction: Transaction) -> list[int | None]:
+            ids = list(transaction.insert(checked))
+            for record, token_id in zip(checked, ids, strict=True):
+                for model, used in record.model_usage.items():
+                    if token_id is not None:
+                        transaction.add_model_used(token_id, model, used)
+            return ids
+
+        return self._transact(work) if checked else []
 
     def update(self, token_id: int, **changes: Any) -> Token:
         """Changes ``name``, ``unlimited_quota``, ``model_limits``, ``model_limits_enabled``, ``expires_at`` or
@@ -141,11 +178,14 @@ class QuotaStore(Ledger):
             raise TypeError(
                 f"update() cannot change {field!r}: {remedy or 'it takes ' + ', '.join(sorted(_CHANGEABLE))}"
             )
-        with self._transaction() as transaction:
+
+        def work(transaction: Transaction) -> Token:
             token = dataclasses.replace(find_token(transaction, token_id), **changes)
             _check_storable(token)
             transaction.save(token)
-        return token
+            return token
+
+        return self._transact(work)
 
     def rotate(self, token_id: int) -> str:
         """Gives the token a new key. The old one stops at once and never returns.
@@ -154,19 +194,35 @@ class QuotaStore(Ledger):
         :raises TokenNotFound: there is no such token.
         """
         key = make_key()
-        with self._transaction() as transaction:
+
+        def work(transaction: Transaction) -> str:
             token = find_token(transaction, token_id)
             transaction.rekey(dataclasses.replace(token, hint=key_hint(key)), key_digest(key))
-        return with_prefix(key)
+            return with_prefix(key)
+
+        return self._transact(work)
 
     def delete(self, token_id: int) -> None:
         """Removes the token. Its key stops at once and never returns.
 
         :raises TokenNotFound: there is no such token.
         """
-        with self._transaction() as transaction:
+
+        def work(transaction: Transaction) -> None:
             find_token(transaction, token_id)
             transaction.delete(token_id)
+
+        self._transact(work)
+
+    def health(self) -> Iterator[Finding]:
+        """What is well with the database, and what is not. Changes nothing."""
+        return iter(())
+
+    def _pages(self) -> Iterator[Sequence[tuple[Token, bytes]]]:
+        after = 0
+        while page := self._page(after, _PAGE_SIZE):
+            yield page
+            after = id_of(page[-1][0])
 
     def __enter__(self: _QuotaStore) -> _QuotaStore:
         return self
@@ -177,10 +233,26 @@ class QuotaStore(Ledger):
         self.close()
 
 
+def _check_record(record: TokenRecord) -> TokenRecord:
+    token = record.token
+    _check_storable(token)
+    if token.total_used < 0:
+        raise ValueError(f"total_used must not be negative, got {token.total_used}")
+    if len(token.hint) > HINT_LENGTH or "\0" in token.hint:
+        raise ValueError(f"hint must be the last {HINT_LENGTH} characters of a key")
+    if not isinstance(record.digest, bytes) or len(record.digest) != _DIGEST_SIZE:
+        raise ValueError(f"a digest must be the {_DIGEST_SIZE} bytes of SHA-256")
+    for model, used in record.model_usage.items():
+        check_text("a model in model_usage", model)
+        check_amount(used)
+    return record
+
+
 def _check_storable(token: Token) -> None:
     """What every database holds: 64-bit integers, and text without NUL (which PostgreSQL refuses)."""
-    if abs(token.expires_at) > MAX_INTEGER:
-        raise ValueError(f"expires_at must be 0 to 2**63 - 1 Unix seconds, got {token.expires_at}")
+    for field, unit in _INTEGERS.items():
+        if abs(getattr(token, field)) > MAX_INTEGER:
+            raise ValueError(f"{field} must be 0 to 2**63 - 1 {unit}, got {getattr(token, field)}")
     if "\0" in token.name:
         raise ValueError("name must not contain NUL characters")
     for model, limit in token.model_limits.items():

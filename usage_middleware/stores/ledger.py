@@ -12,8 +12,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Final
+from typing import Final, TypeVar
 
 from .. import operations as rules
 from ..errors import OperationConflict, TokenNotFound
@@ -25,12 +24,14 @@ from .transaction import (
     change_held,
     find_operation,
     find_token,
-    give_back,
+    give_back_all_lapsed,
     give_back_lapsed,
     id_of,
 )
 
 _PAGE_SIZE: Final = 1000
+
+_Result = TypeVar("_Result")
 
 
 class Ledger(ABC):
@@ -39,16 +40,23 @@ class Ledger(ABC):
     # --- What a store brings.
 
     @abstractmethod
-    def _transaction(self) -> AbstractContextManager[Transaction, Any]:
-        """Opens a write transaction."""
+    def _transact(self, work: Callable[[Transaction], _Result]) -> _Result:
+        """What ``work`` returns, when all that it did in a transaction is committed; what it raises undoes all of it.
+
+        It has no effect beyond the transaction, as a database may ask for a transaction to be begun again.
+        """
 
     @abstractmethod
     def _history(self, token_id: int, before: int, size: int) -> Sequence[Operation]:
         """Up to ``size`` operations of a token with a ``number`` smaller than ``before``, the greatest first."""
 
     @abstractmethod
-    def _model_usage(self, token_id: int) -> dict[str, int]:
-        """The units that each model has used of a token."""
+    def _open_reservations(self, after: int, size: int) -> Sequence[Operation]:
+        """Up to ``size`` open reservations that hold units, with a ``number`` greater than ``after``, by number."""
+
+    @abstractmethod
+    def _model_usage(self, first_id: int, last_id: int) -> Sequence[tuple[int, str, int]]:
+        """A token id, a model, and the units that it has used, for each model of the tokens from one id to another."""
 
     def _now(self) -> float:
         """Unix time. A test of a store may set the clock."""
@@ -112,7 +120,8 @@ class Ledger(ABC):
         """
         rules.check_text("operation_id", operation_id)
         rules.check_amount(amount)
-        with self._transaction() as transaction:
+
+        def work(transaction: Transaction) -> Token:
             token, operation = find_operation(transaction, operation_id)
             if operation.kind != "reserve":
                 raise OperationConflict(
@@ -125,7 +134,9 @@ class Ledger(ABC):
                 transaction, token, operation, amount, unlimited=token.unlimited_quota, now=self._now()
             )
             transaction.save_operation(dataclasses.replace(operation, final_amount=amount))
-        return token
+            return token
+
+        return self._transact(work)
 
     def refund(self, operation_id: str, amount: int | None = None, *, refund_id: str | None = None) -> Token:
         """Gives units back that a charge or a settled reservation took.
@@ -145,7 +156,8 @@ class Ledger(ABC):
             rules.check_amount(amount)
         if refund_id is not None:
             rules.check_text("refund_id", refund_id)
-        with self._transaction() as transaction:
+
+        def work(transaction: Transaction) -> Token:
             token, operation = find_operation(transaction, operation_id)
             made = None if refund_id is None else transaction.operation(refund_id)
             if made is not None:
@@ -170,7 +182,9 @@ class Ledger(ABC):
                     changed_at=now,
                 )
             )
-        return token
+            return token
+
+        return self._transact(work)
 
     # --- What an operator calls.
 
@@ -190,7 +204,8 @@ class Ledger(ABC):
         :raises TypeError, ValueError: the amount is out of range, or a total would pass 2**63 - 1.
         """
         rules.check_amount(amount, negative=True)
-        with self._transaction() as transaction:
+
+        def work(transaction: Transaction) -> Token:
             now = self._now()
             token = give_back_lapsed(transaction, find_token(transaction, token_id), now)
             token = rules.grant(token, amount)
@@ -206,7 +221,9 @@ class Ledger(ABC):
                     changed_at=now,
                 )
             )
-        return token
+            return token
+
+        return self._transact(work)
 
     def history(self, token_id: int) -> Iterator[Operation]:
         """The operations of a token that are not pruned, the newest first, read page by page.
@@ -221,7 +238,15 @@ class Ledger(ABC):
 
     def model_usage(self, token_id: int) -> dict[str, int]:
         """The quota units that each model has used of a token, charges that named no model left out."""
-        return self._model_usage(token_id) if can_exist(token_id) else {}
+        usage = self._model_usage(token_id, token_id) if can_exist(token_id) else ()
+        return {model: used for _, model, used in usage}
+
+    def open_reservations(self) -> Iterator[Operation]:
+        """The reservations that are not settled and hold units, lapsed or not, the oldest first, read page by page."""
+        after = 0
+        while page := self._open_reservations(after, _PAGE_SIZE):
+            yield from page
+            after = page[-1].number
 
     def prune(self, before: float) -> int:
         """Forgets operations that were finished before a time, and reservations that lapsed before it.
@@ -237,21 +262,18 @@ class Ledger(ABC):
             raise TypeError(f"before must be a number of Unix seconds, got {before!r}")
         if not math.isfinite(before):
             raise ValueError(f"before must be a number of Unix seconds, got {before!r}")
+
+        def work(transaction: Transaction) -> tuple[int, int]:
+            now = self._now()
+            given_back = give_back_all_lapsed(transaction, min(before, now), now, _PAGE_SIZE)
+            return given_back, transaction.forget(before, min(before, now), _PAGE_SIZE)
+
         forgotten = 0
         while True:
-            now = self._now()
             # A transaction for each page, so that charges need not wait for all of them.
-            with self._transaction() as transaction:
-                lapsed = transaction.lapsed_before(min(before, now), _PAGE_SIZE)
-                for operation in lapsed:
-                    token = transaction.load(operation.token_id)
-                    if token is None:
-                        transaction.save_operation(dataclasses.replace(operation, held=0))
-                    else:
-                        give_back(transaction, token, operation, now)
-                count = transaction.forget(before, min(before, now), _PAGE_SIZE)
+            given_back, count = self._transact(work)
             forgotten += count
-            if not lapsed and not count:
+            if not given_back and not count:
                 return forgotten
 
     def _take(
@@ -268,7 +290,8 @@ class Ledger(ABC):
         for what, text in (("model", model), ("operation_id", operation_id)):
             if text is not None:
                 rules.check_text(what, text)
-        with self._transaction() as transaction:
+
+        def work(transaction: Transaction) -> tuple[Token, Operation]:
             token = find(transaction)
             token_id = id_of(token)
             made = None if operation_id is None else transaction.operation(operation_id)
@@ -296,7 +319,9 @@ class Ledger(ABC):
                 transaction, token, operation, amount, unlimited=token.unlimited_quota, now=now
             )
             transaction.insert_operation(operation)
-        return token, operation
+            return token, operation
+
+        return self._transact(work)
 
 
 def _of_key(transaction: Transaction, digest: bytes) -> Token:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import StoreError
 from ..operations import Operation
-from ..tokens import Token
+from ..tokens import Token, TokenRecord
 from .base import QuotaStore
-from .transaction import id_of
+from .transaction import Transaction, id_of
+
+_Result = TypeVar("_Result")
 
 
 class MemoryTokenStore(QuotaStore):
@@ -30,16 +31,16 @@ class MemoryTokenStore(QuotaStore):
     def __repr__(self) -> str:
         return "MemoryTokenStore()"
 
-    @contextmanager
-    def _transaction(self) -> Iterator[_Content]:
+    def _transact(self, work: Callable[[Transaction], _Result]) -> _Result:
         with self._lock:
             content = self._open()
             try:
-                yield content
+                result = work(content)
             except BaseException:
                 content.undo()
                 raise
             content.commit()
+            return result
 
     def _get(self, digest: bytes) -> Token | None:
         with self._lock:
@@ -49,7 +50,7 @@ class MemoryTokenStore(QuotaStore):
         with self._lock:
             return self._open().load(token_id)
 
-    def _page(self, after: int, size: int) -> Sequence[Token]:
+    def _page(self, after: int, size: int) -> Sequence[tuple[Token, bytes]]:
         with self._lock:
             return self._open().page(after, size)
 
@@ -57,9 +58,13 @@ class MemoryTokenStore(QuotaStore):
         with self._lock:
             return self._open().history(token_id, before, size)
 
-    def _model_usage(self, token_id: int) -> dict[str, int]:
+    def _open_reservations(self, after: int, size: int) -> Sequence[Operation]:
         with self._lock:
-            return dict(self._open().usage.get(token_id, {}))
+            return self._open().open_reservations(after, size)
+
+    def _model_usage(self, first_id: int, last_id: int) -> Sequence[tuple[int, str, int]]:
+        with self._lock:
+            return self._open().model_usage(first_id, last_id)
 
     def _open(self) -> _Content:
         """The content; the caller holds the lock."""
@@ -75,10 +80,10 @@ class _Content:
     """What a memory store holds, and a transaction on it: each change leaves word of how to undo it."""
 
     def __init__(self) -> None:
-        self.usage: dict[int, dict[str, int]] = {}
         self._tokens: dict[int, Token] = {}
         self._ids: dict[bytes, int] = {}
         self._digests: dict[int, bytes] = {}
+        self._usage: dict[int, dict[str, int]] = {}
         self._retired: dict[bytes, bool] = {}
         self._operations: dict[str, Operation] = {}  # in the order of their numbers
         self._of_token: dict[int, list[str]] = {}  # their ids, in the same order
@@ -94,14 +99,22 @@ class _Content:
         while self._undo:
             self._undo.pop()()
 
-    def page(self, after: int, size: int) -> list[Token]:
-        there = (self._tokens[n] for n in range(after + 1, self._last_id + 1) if n in self._tokens)
-        return list(islice(there, size))
+    def page(self, after: int, size: int) -> list[tuple[Token, bytes]]:
+        there = (i for i in range(after + 1, self._last_id + 1) if i in self._tokens)
+        return [(self._tokens[i], self._digests[i]) for i in islice(there, size)]
 
     def history(self, token_id: int, before: int, size: int) -> list[Operation]:
         ids = self._of_token.get(token_id, [])
         end = bisect_left(ids, before, key=lambda operation_id: self._operations[operation_id].number)
         return [self._operations[operation_id] for operation_id in reversed(ids[max(end - size, 0) : end])]
+
+    def open_reservations(self, after: int, size: int) -> list[Operation]:
+        operations = (self._operations[i] for holding in self._holding.values() for i in holding)
+        later = (operation for operation in operations if operation.number > after)
+        return sorted(later, key=lambda operation: operation.number)[:size]
+
+    def model_usage(self, first_id: int, last_id: int) -> list[tuple[int, str, int]]:
+        return [(i, *used) for i in range(first_id, last_id + 1) for used in self._usage.get(i, {}).items()]
 
     # --- Transaction
 
@@ -114,7 +127,12 @@ class _Content:
     def save(self, token: Token) -> None:
         self._put(self._tokens, id_of(token), token)
 
-    def insert(self, token: Token, digest: bytes) -> int:
+    def insert(self, records: Sequence[TokenRecord]) -> Sequence[int | None]:
+        return [self._insert(record.token, record.digest) for record in records]
+
+    def _insert(self, token: Token, digest: bytes) -> int | None:
+        if digest in self._ids or digest in self._retired:
+            return None
         self._last_id += 1
         self._put(self._tokens, self._last_id, dataclasses.replace(token, id=self._last_id))
         self._put(self._digests, self._last_id, digest)
@@ -129,11 +147,8 @@ class _Content:
 
     def delete(self, token_id: int) -> None:
         self._retire(token_id)
-        for mapping in (self._tokens, self._digests, self.usage):
+        for mapping in (self._tokens, self._digests, self._usage):
             self._remove(mapping, token_id)
-
-    def is_taken(self, digest: bytes) -> bool:
-        return digest in self._ids or digest in self._retired
 
     def operation(self, operation_id: str) -> Operation | None:
         return self._operations.get(operation_id)
@@ -162,11 +177,11 @@ class _Content:
         return list(islice((operation for operation in operations if operation.has_lapsed(before)), size))
 
     def model_used(self, token_id: int, model: str) -> int:
-        return self.usage.get(token_id, {}).get(model, 0)
+        return self._usage.get(token_id, {}).get(model, 0)
 
     def add_model_used(self, token_id: int, model: str, units: int) -> None:
         used = self.model_used(token_id, model)
-        self._put(self.usage.setdefault(token_id, {}), model, used + units)
+        self._put(self._usage.setdefault(token_id, {}), model, used + units)
 
     def forget(self, before: float, lapsed_before: float, size: int) -> int:
         def is_finished(operation: Operation) -> bool:

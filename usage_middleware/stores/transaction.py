@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
 from ..errors import OperationNotFound, TokenNotFound
 from ..operations import MAX_INTEGER, Operation, hold
-from ..tokens import Token
+from ..tokens import Token, TokenRecord
 
 
 class Transaction(Protocol):
     """One open write transaction of a store.
 
-    It commits when its context ends, and undoes all of it when an exception leaves that context. Loading a token
-    locks it: until the transaction ends nobody else writes it, its operations, or its model usage.
+    Loading a token locks it: until the transaction ends nobody else writes it, its operations, or its model usage.
     """
 
     def load(self, token_id: int) -> Token | None:
@@ -26,17 +26,15 @@ class Transaction(Protocol):
     def save(self, token: Token) -> None:
         """Replaces the token of ``token.id``; its key stays."""
 
-    def insert(self, token: Token, digest: bytes) -> int:
-        """Adds a token under a digest that :meth:`is_taken` denied. Returns its id, which is never given again."""
+    def insert(self, records: Sequence[TokenRecord]) -> Sequence[int | None]:
+        """Adds the tokens of ``records`` under their digests. Returns the id of each, which is never given again, or
+        ``None`` where a token has the digest, or had it: a retired digest never returns."""
 
     def rekey(self, token: Token, digest: bytes) -> None:
         """Saves ``token`` under another digest, and retires the one that it had."""
 
     def delete(self, token_id: int) -> None:
         """Removes the token and its model usage, and retires its digest. Its operations stay until they are pruned."""
-
-    def is_taken(self, digest: bytes) -> bool:
-        """Whether a token has this digest, or had it: a retired digest never returns."""
 
     def operation(self, operation_id: str) -> Operation | None:
         """The operation of that id."""
@@ -112,6 +110,20 @@ def give_back_lapsed(transaction: Transaction, token: Token, now: float) -> Toke
     for operation in transaction.lapsed(id_of(token), now):
         token = give_back(transaction, token, operation, now)
     return token
+
+
+def give_back_all_lapsed(transaction: Transaction, before: float, now: float, size: int) -> int:
+    """Gives back what up to ``size`` reservations hold that lapsed until ``before``; returns how many it was."""
+    lapsed = transaction.lapsed_before(before, size)
+    for token_id in sorted({operation.token_id for operation in lapsed}):
+        token = transaction.load(token_id)
+        # Once more, as some may have been settled until their token was locked.
+        for operation in transaction.lapsed(token_id, before):
+            if token is None:
+                transaction.save_operation(dataclasses.replace(operation, held=0))
+            else:
+                token = give_back(transaction, token, operation, now)
+    return len(lapsed)
 
 
 def id_of(token: Token) -> int:
