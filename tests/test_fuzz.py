@@ -21,8 +21,10 @@ CONFIGURATIONS = [
     {"allow_origins": [ORIGIN, "null"]},
     {"allow_origins": (), "path": "/caf\u00e9"},
     {"path": "/"},
+    # So many that nobody is refused: it is there to read who asks.
+    {"failure_limit": "1000000000 per day"},
 ]
-RAW_PATHS = ["/api/usage/token", "/api/usage/token", "/caf\xc3\xa9", ""]
+RAW_PATHS = ["/api/usage/token", "/api/usage/token", "/caf\xc3\xa9", "", "/api/usage/token"]
 VISIBLE = "".join(map(chr, range(0x21, 0x7F)))
 METHODS = "GET, HEAD, OPTIONS"
 SEED = 20_270_115
@@ -131,6 +133,8 @@ class LogOfNoKeys(logging.Handler):
 
     def emit(self, record):
         message = record.getMessage()
+        if "Store failed" not in message:
+            raise Malformed(message)
         # A short key may be a part of any word.
         if self.key and len(self.key) >= 16 and self.key in message:
             raise Malformed(f"{message!r} shows the key")
@@ -244,6 +248,18 @@ SPACES = [" "] * 6 + ["", "  ", "\t", " \t", "   ", "\xa0", "\r\n "]
 AROUND = [""] * 8 + [" ", "\t", " \t ", "\xa0", "\n", "\x0c", "\x1c", "\x85"]
 REQUEST_METHODS = ["GET"] * 12 + ["HEAD"] * 3 + ["OPTIONS"] * 2 + ["POST", "get", "Get", "", "GET ", "TRACE", "G\0T"]
 ORIGINS = [ORIGIN, "null", "*", "", "https://app.example.evil.example", "https://app.example\r\nX-Evil: 1", "\ud800"]
+# A proxy passes on whatever the client put there.
+ADDRESSES = [
+    "",
+    "127.0.0.1",
+    "::1",
+    "2001:db8::1",
+    "::ffff:192.0.2.1",
+    "fe80::1%eth0",
+    "[::1]",
+    "192.0.2.1:80",
+    "unix:",
+]
 # Not looked at, or only passed on: servers differ in what they put there, and in what they leave out.
 ANYTHING = [None, "", 0, -1, 2**70, "80", b"80", 1.5, [], (), {}, object()]
 NOT_OURS = [
@@ -315,6 +331,8 @@ class Requests:
         if self.chance(0.2):
             asked = (self.one_of(("x-a", "Authorization", "*", self.text())) for _ in range(int(self._float() * 5)))
             made["HTTP_ACCESS_CONTROL_REQUEST_HEADERS"] = self.one_of((",", ", ", " ", "\r\n")).join(asked)
+        if self.chance(0.5):
+            made["REMOTE_ADDR"] = self.near(self.one_of(ADDRESSES)) if self.chance(0.9) else self.text(40)
         if self.chance(0.1):
             made[self.one_of(NOT_OURS)] = self.one_of(ANYTHING)
         if self.chance(0.02):
@@ -365,6 +383,7 @@ authorizations = st.one_of(
 def environs(draw, raw_path):
     fields = {"PATH_INFO": st.sampled_from([raw_path, raw_path + "/"]) | native, "HTTP_AUTHORIZATION": authorizations}
     fields["HTTP_ORIGIN"] = st.sampled_from(ORIGINS) | native
+    fields["REMOTE_ADDR"] = st.sampled_from(ADDRESSES) | native
     fields["HTTP_ACCESS_CONTROL_REQUEST_HEADERS"] = native
     fields.update((name, st.sampled_from(ANYTHING) | native) for name in NOT_OURS)
     method = st.sampled_from(REQUEST_METHODS) | native

@@ -179,11 +179,27 @@ def test_every_answer_is_described(method, status, headers, origin, allow_origin
     check_answer(answer, method, path)
 
 
+def throttled(method="GET", path=PATH, **options):
+    """The answer to a client that has sent a wrong key too often."""
+    app = UsageMiddleware(not_found, Store(), failure_limit="1 per hour", **options)
+    asked = environ(method, path, HTTP_AUTHORIZATION="Bearer unknown", HTTP_ORIGIN=ORIGIN, REMOTE_ADDR="127.0.0.1")
+    # From the second on in an hour; the hour may end in between.
+    answers = (call(app, dict(asked)) for _ in range(4))
+    return next(answer for answer in answers if answer.status == 429)
+
+
+@pytest.mark.parametrize("path", [PATH, PATH + "/"])
+@pytest.mark.parametrize("allow_origins", ["*", (ORIGIN,), ()], ids=["any origin", "listed origins", "no CORS"])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_the_answer_to_a_guesser_is_described(method, allow_origins, path):
+    check_answer(throttled(method, path, allow_origins=allow_origins), method, path)
+
+
 def test_every_described_answer_is_among_them():
-    asked = {(case.values[0].lower(), str(case.values[1])) for case in ASKED}
+    asked = {(case.values[0].lower(), str(case.values[1])) for case in ASKED} | {("get", "429"), ("head", "429")}
     operations = DESCRIPTION["paths"][PATH]
     for method in ("get", "head", "options"):
-        for status in operations[method]["responses"].keys() - {"429"}:
+        for status in operations[method]["responses"]:
             assert (method, status) in asked
 
 
@@ -220,14 +236,13 @@ def test_the_examples_are_real_answers():
     def key(key):
         return {"HTTP_AUTHORIZATION": f"Bearer {key}"}
 
-    # Turned on where a host asks for it.
-    del examples["TooManyRequests", "refused"]
     assert examples == {
         **{("Usage", name): body({"key": token}, **key("key")) for name, token in EXAMPLES.items()},
         ("Unauthorized", "absent"): body({}),
         ("Unauthorized", "malformed"): body({}, **key("")),
         ("Unauthorized", "unknown"): body({}, **key("key")),
         ("MethodNotAllowed", "refused"): body({}, "POST"),
+        ("TooManyRequests", "refused"): throttled().body,
         ("ServiceUnavailable", "refused"): body(Store(), **key("broken")),
     }
 
