@@ -403,7 +403,7 @@ def served(keys, tmp_path):
 
 def test_a_served_endpoint_is_what_it_describes(served, keys, full, tmp_path):
     url, log = served
-    done = schemathesis(tmp_path, url, keys, "--max-examples", "5000" if full else "50")
+    done = schemathesis(tmp_path, url, keys, "--max-examples", "5000" if full else "20")
     assert done.returncode == 0, done.stdout
     answered = {}
     for line in re.findall(r'"(\S+) (.*)" ([0-9]{3})', log.read_text()):
