@@ -194,6 +194,7 @@ class _SQLiteFile(Database):
             _DIALECTS,
         )
         self.name = path
+        self._reading = self._engine  # Its connections begin no transactions.
 
     def _look(self, work: Callable[[Connection], _Result]) -> _Result:
         while True:
