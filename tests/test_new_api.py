@@ -757,6 +757,29 @@ def test_a_reader_among_writes_sees_whole_transactions(sqlite_gateway, mode, wha
     assert len(seen) > 20
 
 
+@pytest.mark.parametrize("writer_stays", [True, False])
+def test_a_writer_that_comes_while_it_is_read(sqlite_gateway, monkeypatch, writer_stays):
+    path = sqlite_gateway.engine.url.database
+    use_wal(path)
+    connect = sqlite_reading.connect
+    with contextlib.ExitStack() as stack, NewAPITokenStore(path) as store:
+
+        def connect_before_a_write(path):
+            monkeypatch.setattr(sqlite_reading, "connect", connect)
+            reader = connect(path)
+            assert reader.execute("SELECT used_quota FROM tokens").fetchall() == [(12345,)]  # it keeps the pages
+            writer = stack.enter_context(contextlib.closing(sqlite3.connect(path)))
+            writer.execute("UPDATE tokens SET used_quota = 1")
+            writer.commit()
+            if not writer_stays:
+                writer.close()
+            return reader
+
+        store.get(KEY)
+        monkeypatch.setattr(sqlite_reading, "connect", connect_before_a_write)
+        assert store.get(KEY).total_used == 1
+
+
 def test_a_writer_that_was_killed_with_a_journal(sqlite_gateway):
     path = sqlite_gateway.engine.url.database
     with NewAPITokenStore(path) as store:
