@@ -243,7 +243,7 @@ def _make_queries(connection: Connection) -> _Queries | None:
     user_columns = _columns(inspector, "users")
     if not token_columns.keys() >= set(_NEEDED):
         return None
-    # Without types: what is a boolean in one database is a number, bits or text in another, and the driver's value tells.
+    # Without types: what is a boolean in one database is a number, bits or text in another; the driver's value tells.
     tokens = table("tokens", *map(column, token_columns))
     users = table("users", *map(column, user_columns))
     is_there = tokens.c.deleted_at.is_(None) if "deleted_at" in token_columns else true()
