@@ -349,6 +349,8 @@ class MariaDB(Server):
             f"--extra-file={accounts}",
             "--skip-test-db",
             "--skip-name-resolve",
+            # The machine need not be able to look up its own name.
+            "--force",
             *self._settings,
         )
 
@@ -375,7 +377,7 @@ class MariaDB(Server):
         for (connection,) in self.execute(f"SELECT id FROM information_schema.processlist WHERE db = '{_name(url)}'"):
             with suppress(OperationalError):  # It has gone by itself.
                 self.execute(f"KILL {connection}")
-        self.execute(f"DROP DATABASE {_name(url)}")
+        self.execute("SET lock_wait_timeout = 10", f"DROP DATABASE {_name(url)}")
 
 
 def _new_name() -> str:

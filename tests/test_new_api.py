@@ -926,6 +926,7 @@ COMMANDS = [
     ["refund", "x"],
     ["history", "1"],
     ["prune", "--before", "1d"],
+    ["check"],
 ]
 
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from .authorization import bearer_key, has_authorization
 from .errors import StoreError
-from .responses import Response, responses_by_origin
+from .responses import Response, Responses, responses_by_origin
 from .stores.base import TokenStore
+from .throttle import Throttle
 from .tokens import Token
 
 if TYPE_CHECKING:
@@ -37,7 +38,19 @@ class UsageMiddleware:
     :param allow_origins: which web pages may read the answers (CORS): ``"*"`` for all, a collection of origins such
         as ``"https://app.example"``, or ``()`` for none. All is a safe default: a key travels in a header that a
         page must set itself, never in a cookie.
+    :param failure_limit: how often one client may send a wrong key, in the notation of the package ``limits``
+        (``pip install 'usage-middleware[throttle]'``), such as ``"20 per 20 minutes"``; ``None``: as often as it likes.
+    :param failure_storage: where failures are counted: a storage URI of ``limits``. ``memory://`` counts in each
+        process by itself, ``redis://host:6379`` and ``memcached://host:11211`` over all of them.
     :raises TypeError, ValueError: an argument cannot be what it is meant to be.
+    :raises ImportError: there is a ``failure_limit``, and ``limits`` is not installed.
+
+    Past the limit, what would be a 401 is a 429 until the window of time is over. A client is the IPv4 address or the
+    IPv6 network of 64 bits in ``REMOTE_ADDR``, so behind a proxy werkzeug's ``ProxyFix`` belongs around this. What
+    counts is a key that is unknown, deleted or disabled, and a malformed header. A request without a header is no
+    guess, but what a page sends before its user has entered a key, or a monitor: it is not counted, and stays a 401.
+    Valid keys are answered all the while, as their holders may share the address; so one who guesses right still
+    learns it. They reset nothing either, or a guesser would send one in between.
 
     What the store raises becomes a 503 and a line of the logger ``usage_middleware``, never an exception in the
     host. That line holds the text of a :class:`StoreError`, and of any other exception its type and place alone,
@@ -51,6 +64,8 @@ class UsageMiddleware:
         *,
         path: str = "/api/usage/token",
         allow_origins: str | Collection[str] = "*",
+        failure_limit: str | None = None,
+        failure_storage: str = "memory://",
     ) -> None:
         if not callable(app):
             raise TypeError(f"app must be a WSGI application, got {type(app).__name__}")
@@ -60,6 +75,7 @@ class UsageMiddleware:
         self.store = store
         self._paths = _raw_paths(path)
         self._responses, self._other_responses = responses_by_origin(allow_origins)
+        self._throttle = None if failure_limit is None else Throttle(failure_limit, failure_storage)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         # PEP 3333: PATH_INFO may be absent where it would be empty.
@@ -80,19 +96,25 @@ class UsageMiddleware:
             return responses.method_not_allowed
         key = bearer_key(environ)
         if key is None:
-            return responses.invalid_bearer_token if has_authorization(environ) else responses.no_authorization
+            if not has_authorization(environ):
+                return responses.no_authorization
+            return self._refuse(environ, responses, responses.invalid_bearer_token)
         try:
             token = self.store.get(key)
-            if token is None:
-                return responses.token_not_found
-            if not isinstance(token, Token):
-                raise StoreError(f"get() returned {type(token).__name__}, which is no Token")
-            if not token.enabled:
-                return responses.token_not_found
-            return responses.usage(token)
+            if token is not None:
+                if not isinstance(token, Token):
+                    raise StoreError(f"get() returned {type(token).__name__}, which is no Token")
+                if token.enabled:
+                    return responses.usage(token)
         except Exception as error:
             logger.error("%s", _failure(self.store, error, key))
             return responses.service_unavailable
+        return self._refuse(environ, responses, responses.token_not_found)
+
+    def _refuse(self, environ: WSGIEnvironment, responses: Responses, refusal: Response) -> Response:
+        """``refusal``, or the answer to a client that was refused too often."""
+        seconds = self._throttle.failed(environ) if self._throttle else 0
+        return responses.too_many_requests(seconds) if seconds else refusal
 
 
 def _raw_paths(path: str) -> tuple[str, str]:

@@ -62,6 +62,10 @@ class Responses:
         """The answer 200 that describes ``token``."""
         return self._with_body("200 OK", '{"code":true,"message":"ok","data":%s}' % wire_form(token))
 
+    def too_many_requests(self, seconds: int) -> Response:
+        """The answer 429 to a client that may fail again after so many seconds."""
+        return self._refusal("429 Too Many Requests", "Too Many Requests", *self._retry_after(str(seconds)))
+
     def preflight(self, requested_headers: str) -> Response:
         """The answer 204 to ``OPTIONS``.
 

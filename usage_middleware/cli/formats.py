@@ -20,6 +20,7 @@ _INTEGER: Final = re.compile(r"-?[0-9]+")
 _SMALLEST_TIME: Final = 10**9
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
+STATES: Final = ("active", "exhausted", "expired", "disabled")
 _TOKEN_HEADINGS: Final = ("ID", "KEY", "STATE", "AVAILABLE", "USED", "GRANTED", "EXPIRES", "NAME")
 _OPERATION_HEADINGS: Final = ("WHEN", "KIND", "AMOUNT", "HELD", "NOTE", "MODEL", "OPERATION")
 _RIGHT: Final = frozenset(("ID", "AVAILABLE", "USED", "GRANTED", "AMOUNT", "HELD"))
@@ -72,7 +73,7 @@ def format_time(seconds: int) -> str:
 
 
 def state(token: Token, now: float) -> str:
-    """Whether the token's holder can use it, and if not, why: one word."""
+    """Whether the token's holder can use it, and if not, why: one of :data:`STATES`."""
     if not token.enabled:
         return "disabled"
     if 0 < token.expires_at <= now:

@@ -38,7 +38,24 @@ _port_option = click.option(
     "--allow-origin", "origins", metavar="ORIGIN", multiple=True, help="A web origin that may ask. Repeatable."
 )
 @click.option("--no-cors", is_flag=True, help="Let no web page ask.  [default: any may]")
-def serve(application: str | None, host: str, port: int, path: str, origins: tuple[str, ...], no_cors: bool) -> None:
+@click.option(
+    "--failure-limit", metavar="LIMIT", help="How often one client may send a wrong key, such as '20 per 20 minutes'."
+)
+@click.option(
+    "--failure-storage",
+    metavar="URI",
+    help="Where failures are counted, such as redis://localhost:6379.  [default: memory://]",
+)
+def serve(
+    application: str | None,
+    host: str,
+    port: int,
+    path: str,
+    origins: tuple[str, ...],
+    no_cors: bool,
+    failure_limit: str | None,
+    failure_storage: str | None,
+) -> None:
     """Serve the endpoint, alone or in front of an application.
 
     A database of new-api is served as it is, and not written to.
@@ -47,10 +64,22 @@ def serve(application: str | None, host: str, port: int, path: str, origins: tup
     """
     if origins and no_cors:
         raise click.UsageError("--allow-origin and --no-cors exclude each other")
+    if failure_storage is not None and failure_limit is None:
+        raise click.UsageError("--failure-storage needs a --failure-limit")
     with open_token_store() as store:
         wrapped = server.load_application(application) if application else NotFound()
         allow_origins = () if no_cors else "*" if origins in ((), ("*",)) else origins
-        middleware = UsageMiddleware(wrapped, store, path=path, allow_origins=allow_origins)
+        try:
+            middleware = UsageMiddleware(
+                wrapped,
+                store,
+                path=path,
+                allow_origins=allow_origins,
+                failure_limit=failure_limit,
+                failure_storage="memory://" if failure_storage is None else failure_storage,
+            )
+        except ImportError as error:
+            raise click.UsageError(str(error)) from None
         store.get("-")  # a database that cannot be used is told now, not to the first client
         if not isinstance(store, QuotaStore):
             click.echo("This is a database of new-api: it is served as it is, and not written to.", err=True)

@@ -51,6 +51,10 @@ class Ledger(ABC):
         """Up to ``size`` operations of a token with a ``number`` smaller than ``before``, the greatest first."""
 
     @abstractmethod
+    def _open_reservations(self, after: int, size: int) -> Sequence[Operation]:
+        """Up to ``size`` open reservations that hold units, with a ``number`` greater than ``after``, by number."""
+
+    @abstractmethod
     def _model_usage(self, first_id: int, last_id: int) -> Sequence[tuple[int, str, int]]:
         """A token id, a model, and the units that it has used, for each model of the tokens from one id to another."""
 
@@ -236,6 +240,13 @@ class Ledger(ABC):
         """The quota units that each model has used of a token, charges that named no model left out."""
         usage = self._model_usage(token_id, token_id) if can_exist(token_id) else ()
         return {model: used for _, model, used in usage}
+
+    def open_reservations(self) -> Iterator[Operation]:
+        """The reservations that are not settled and hold units, lapsed or not, the oldest first, read page by page."""
+        after = 0
+        while page := self._open_reservations(after, _PAGE_SIZE):
+            yield from page
+            after = page[-1].number
 
     def prune(self, before: float) -> int:
         """Forgets operations that were finished before a time, and reservations that lapsed before it.

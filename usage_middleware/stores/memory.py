@@ -58,6 +58,10 @@ class MemoryTokenStore(QuotaStore):
         with self._lock:
             return self._open().history(token_id, before, size)
 
+    def _open_reservations(self, after: int, size: int) -> Sequence[Operation]:
+        with self._lock:
+            return self._open().open_reservations(after, size)
+
     def _model_usage(self, first_id: int, last_id: int) -> Sequence[tuple[int, str, int]]:
         with self._lock:
             return self._open().model_usage(first_id, last_id)
@@ -103,6 +107,11 @@ class _Content:
         ids = self._of_token.get(token_id, [])
         end = bisect_left(ids, before, key=lambda operation_id: self._operations[operation_id].number)
         return [self._operations[operation_id] for operation_id in reversed(ids[max(end - size, 0) : end])]
+
+    def open_reservations(self, after: int, size: int) -> list[Operation]:
+        operations = (self._operations[i] for holding in self._holding.values() for i in holding)
+        later = (operation for operation in operations if operation.number > after)
+        return sorted(later, key=lambda operation: operation.number)[:size]
 
     def model_usage(self, first_id: int, last_id: int) -> list[tuple[int, str, int]]:
         return [(i, *used) for i in range(first_id, last_id + 1) for used in self._usage.get(i, {}).items()]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import (
     URL,
     Connection,
     Engine,
-    Row,
     and_,
     bindparam,
     delete,
@@ -23,23 +21,30 @@ from sqlalchemy import (
 
 from ..errors import StoreError
 from ..operations import Operation
-from ..tokens import Token, TokenRecord, encode_model_limits
+from ..tokens import Token, TokenRecord
 from . import sql_schema
 from .base import QuotaStore
+from .health import Finding
+from .rows import OPERATION_COLUMNS, TOKEN_COLUMNS, operation_of, operation_values, token_of, token_values
 from .sql_database import POSTGRESQL, Database
 from .sql_schema import MYSQL, model_usage, operations, retired_keys, tokens
 from .transaction import Transaction
 
 _Result = TypeVar("_Result")
 
-_token_columns: Final = [column for column in tokens.c if column.name != "digest"]
+_token_columns: Final = [tokens.c.id, *(tokens.c[name] for name in TOKEN_COLUMNS)]
 
 _by_digest: Final = select(*_token_columns).where(tokens.c.digest == bindparam("digest"))
 _by_id: Final = select(*_token_columns).where(tokens.c.id == bindparam("id"))
 # Whoever has the row's lock has the token (Transaction.load).
 _lock_by_digest: Final = _by_digest.with_for_update()
 _lock_by_id: Final = _by_id.with_for_update()
-_page: Final = select(tokens).where(tokens.c.id > bindparam("after")).order_by(tokens.c.id).limit(bindparam("size"))
+_page: Final = (
+    select(*_token_columns, tokens.c.digest)
+    .where(tokens.c.id > bindparam("after"))
+    .order_by(tokens.c.id)
+    .limit(bindparam("size"))
+)
 _insert_token: Final = insert(tokens)
 _update_token: Final = update(tokens).where(tokens.c.id == bindparam("token_id"))
 _ids: Final = select(tokens.c.digest, tokens.c.id).where(tokens.c.digest.in_(bindparam("digests", expanding=True)))
@@ -53,7 +58,7 @@ _retire: Final = insert(retired_keys).from_select(
 _delete_token: Final = delete(tokens).where(tokens.c.id == bindparam("id"))
 _delete_model_usage: Final = delete(model_usage).where(model_usage.c.token_id == bindparam("id"))
 
-_operation_columns: Final = [column for column in operations.c if column.name != "lapses_at"]
+_operation_columns: Final = [operations.c.number, *(operations.c[name] for name in OPERATION_COLUMNS)]
 _operation: Final = select(*_operation_columns).where(operations.c.id == bindparam("id"))
 _history: Final = (
     select(*_operation_columns)
@@ -68,6 +73,12 @@ _lapsed_before: Final = (
 )
 _lapsed: Final = select(*_operation_columns).where(
     operations.c.token_id == bindparam("token_id"), operations.c.lapses_at <= bindparam("now")
+)
+_open_reservations: Final = (
+    select(*_operation_columns)
+    .where(operations.c.lapses_at.is_not(None), operations.c.number > bindparam("after"))
+    .order_by(operations.c.number)
+    .limit(bindparam("size"))
 )
 _is_finished: Final = or_(
     and_(operations.c.final_amount.is_not(None), operations.c.changed_at < bindparam("before")),
@@ -120,23 +131,28 @@ class SQLAlchemyTokenStore(QuotaStore):
 
     def _get(self, digest: bytes) -> Token | None:
         self._prepare()
-        rows = self._database.read(_by_digest, {"digest": digest})
-        return _token(rows[0]) if rows else None
+        row = self._database.look_up(_by_digest, {"digest": digest})
+        return token_of(row) if row else None
 
     def _find(self, token_id: int) -> Token | None:
         self._prepare()
         rows = self._database.read(_by_id, {"id": token_id})
-        return _token(rows[0]) if rows else None
+        return token_of(rows[0]) if rows else None
 
     def _page(self, after: int, size: int) -> Sequence[tuple[Token, bytes]]:
         self._prepare()
         rows = self._database.read(_page, {"after": after, "size": size})
-        return [(_token(row), bytes(row.digest)) for row in rows]
+        return [(token_of(row), bytes(row.digest)) for row in rows]
 
     def _history(self, token_id: int, before: int, size: int) -> Sequence[Operation]:
         self._prepare()
         rows = self._database.read(_history, {"token_id": token_id, "before": before, "size": size})
-        return [_as_operation(row) for row in rows]
+        return [operation_of(row) for row in rows]
+
+    def _open_reservations(self, after: int, size: int) -> Sequence[Operation]:
+        self._prepare()
+        rows = self._database.read(_open_reservations, {"after": after, "size": size})
+        return [operation_of(row) for row in rows]
 
     def _model_usage(self, first_id: int, last_id: int) -> Sequence[tuple[int, str, int]]:
         self._prepare()
@@ -149,6 +165,12 @@ class SQLAlchemyTokenStore(QuotaStore):
             return self._database.transact(sql_schema.is_current)
         except sql_schema.WrongTables as error:
             raise StoreError(f"{self._database.name} {error}") from None
+
+    def health(self) -> Iterator[Finding]:
+        from . import sql_health
+
+        self._prepare()
+        return iter(self._database.transact(lambda connection: list(sql_health.findings(connection))))
 
     def close(self) -> None:
         """Closes the connections, but for those of an engine that was handed in."""
@@ -173,11 +195,11 @@ class _SQLTransaction:
 
     def load(self, token_id: int) -> Token | None:
         row = self._execute(_lock_by_id, {"id": token_id}).first()
-        return _token(row) if row else None
+        return token_of(row) if row else None
 
     def load_by_digest(self, digest: bytes) -> Token | None:
         row = self._execute(_lock_by_digest, {"digest": digest}).first()
-        return _token(row) if row else None
+        return token_of(row) if row else None
 
     def save(self, token: Token) -> None:
         self._execute(_update_token, {"token_id": token.id, **_values(token)})
@@ -204,10 +226,10 @@ class _SQLTransaction:
 
     def operation(self, operation_id: str) -> Operation | None:
         row = self._execute(_operation, {"id": operation_id}).first()
-        return _as_operation(row) if row else None
+        return operation_of(row) if row else None
 
     def insert_operation(self, operation: Operation) -> None:
-        fields = {c.name: getattr(operation, c.name) for c in _operation_columns if c.name != "number"}
+        fields = dict(zip(OPERATION_COLUMNS, operation_values(operation), strict=True))
         self._execute(_insert_operation, {**fields, "lapses_at": _lapses_at(operation)})
 
     def save_operation(self, operation: Operation) -> None:
@@ -216,10 +238,10 @@ class _SQLTransaction:
         self._execute(_update_operation, {"operation_id": operation.id, **changes})
 
     def lapsed(self, token_id: int, now: float) -> Sequence[Operation]:
-        return [_as_operation(row) for row in self._execute(_lapsed, {"token_id": token_id, "now": now})]
+        return [operation_of(row) for row in self._execute(_lapsed, {"token_id": token_id, "now": now})]
 
     def lapsed_before(self, before: float, size: int) -> Sequence[Operation]:
-        return [_as_operation(row) for row in self._execute(_lapsed_before, {"before": before, "size": size})]
+        return [operation_of(row) for row in self._execute(_lapsed_before, {"before": before, "size": size})]
 
     def model_used(self, token_id: int, model: str) -> int:
         return self._execute(_model_used, {"of_token": token_id, "of_model": model}).scalar() or 0
@@ -239,22 +261,8 @@ class _SQLTransaction:
         return self._execute(_forget, {**times, "numbers": [number for number, _ in rows]}).rowcount
 
 
-def _token(row: Row[Any]) -> Token:
-    fields = {column.name: row[index] for index, column in enumerate(_token_columns)}
-    try:
-        fields["model_limits"] = json.loads(fields["model_limits"])
-        return Token(**fields)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise StoreError(f"token {row.id} is damaged in the database: {error}") from error
-
-
-def _as_operation(row: Row[Any]) -> Operation:
-    return Operation(**row._mapping)  # _mapping is public in spite of its name
-
-
 def _values(token: Token) -> dict[str, Any]:
-    values = {column.name: getattr(token, column.name) for column in _token_columns if column.name != "id"}
-    return {**values, "model_limits": encode_model_limits(token.model_limits)}
+    return dict(zip(TOKEN_COLUMNS, token_values(token), strict=True))
 
 
 def _lapses_at(operation: Operation) -> float | None:

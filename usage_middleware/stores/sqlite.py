@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sqlite3
-from collections.abc import Callable, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, TypeVar
 
-from ..errors import StoreError
 from ..operations import Operation
-from ..tokens import Token, TokenRecord, encode_model_limits
+from ..tokens import Token, TokenRecord
 from .base import QuotaStore
+from .health import Finding
+from .rows import OPERATION_COLUMNS, TOKEN_COLUMNS, operation_of, operation_values, token_of, token_values
 from .sqlite_connections import Connections
 from .transaction import Transaction
 
@@ -20,53 +20,28 @@ _Result = TypeVar("_Result")
 
 _SYNCHRONOUS: Final = ("OFF", "NORMAL", "FULL", "EXTRA")  # sqlite.org/pragma.html#pragma_synchronous
 
-# In this order everywhere: the queries, the rows, and the values that are saved.
-_VALUES: Final = (
-    "hint",
-    "name",
-    "total_available",
-    "total_used",
-    "unlimited_quota",
-    "model_limits",
-    "model_limits_enabled",
-    "expires_at",
-    "enabled",
-    "created_at",
-)
-_SELECT: Final = f"SELECT id, {', '.join(_VALUES)} FROM tokens"
+_SELECT: Final = f"SELECT id, {', '.join(TOKEN_COLUMNS)} FROM tokens"
 _BY_DIGEST: Final = f"{_SELECT} WHERE digest = ?"
 _BY_ID: Final = f"{_SELECT} WHERE id = ?"
-_PAGE: Final = f"SELECT id, {', '.join(_VALUES)}, digest FROM tokens WHERE id > ? ORDER BY id LIMIT ?"
+_PAGE: Final = f"SELECT id, {', '.join(TOKEN_COLUMNS)}, digest FROM tokens WHERE id > ? ORDER BY id LIMIT ?"
 # Adds nothing where the digest is taken. INSERT OR IGNORE would also ignore what else is wrong with a row.
 _INSERT: Final = (
-    f"INSERT INTO tokens ({', '.join(_VALUES)}, digest) SELECT {', '.join('?' * len(_VALUES))}, ?"
+    f"INSERT INTO tokens ({', '.join(TOKEN_COLUMNS)}, digest) SELECT {', '.join('?' * len(TOKEN_COLUMNS))}, ?"
     " WHERE NOT EXISTS (SELECT 1 FROM retired_keys WHERE digest = ?)"
     " ON CONFLICT (digest) DO NOTHING"
 )
-_UPDATE: Final = f"UPDATE tokens SET {', '.join(f'{name} = ?' for name in _VALUES)} WHERE id = ?"
-_OPERATION_VALUES: Final = (
-    "id",
-    "token_id",
-    "kind",
-    "amount",
-    "model",
-    "held",
-    "unlimited",
-    "expires_in",
-    "expires_at",
-    "final_amount",
-    "refund_of",
-    "created_at",
-    "changed_at",
-)
-_SELECT_OPERATION: Final = f"SELECT number, {', '.join(_OPERATION_VALUES)} FROM operations"
+_UPDATE: Final = f"UPDATE tokens SET {', '.join(f'{name} = ?' for name in TOKEN_COLUMNS)} WHERE id = ?"
+_SELECT_OPERATION: Final = f"SELECT number, {', '.join(OPERATION_COLUMNS)} FROM operations"
 _OPERATION: Final = f"{_SELECT_OPERATION} WHERE id = ?"
 _HISTORY: Final = f"{_SELECT_OPERATION} WHERE token_id = ? AND number < ? ORDER BY number DESC LIMIT ?"
 # The conditions are those of the partial index open_reservations, or SQLite would not use it.
 _LAPSED: Final = f"{_SELECT_OPERATION} WHERE final_amount IS NULL AND held > 0 AND token_id = ? AND expires_at <= ?"
 _LAPSED_BEFORE: Final = f"{_SELECT_OPERATION} WHERE final_amount IS NULL AND held > 0 AND expires_at <= ? LIMIT ?"
+_OPEN_RESERVATIONS: Final = (
+    f"{_SELECT_OPERATION} WHERE final_amount IS NULL AND held > 0 AND number > ? ORDER BY number LIMIT ?"
+)
 _INSERT_OPERATION: Final = (
-    f"INSERT INTO operations ({', '.join(_OPERATION_VALUES)}) VALUES ({', '.join('?' * len(_OPERATION_VALUES))})"
+    f"INSERT INTO operations ({', '.join(OPERATION_COLUMNS)}) VALUES ({', '.join('?' * len(OPERATION_COLUMNS))})"
 )
 _UPDATE_OPERATION: Final = (
     "UPDATE operations SET held = ?, unlimited = ?, final_amount = ?, changed_at = ? WHERE id = ?"
@@ -136,20 +111,28 @@ class SQLiteTokenStore(QuotaStore):
 
     def _get(self, digest: bytes) -> Token | None:
         rows = self._connections.read(_BY_DIGEST, (digest,))
-        return _token(rows[0]) if rows else None
+        return token_of(rows[0]) if rows else None
 
     def _find(self, token_id: int) -> Token | None:
         rows = self._connections.read(_BY_ID, (token_id,))
-        return _token(rows[0]) if rows else None
+        return token_of(rows[0]) if rows else None
 
     def _page(self, after: int, size: int) -> Sequence[tuple[Token, bytes]]:
-        return [(_token(row), row[-1]) for row in self._connections.read(_PAGE, (after, size))]
+        return [(token_of(row), row[-1]) for row in self._connections.read(_PAGE, (after, size))]
 
     def _history(self, token_id: int, before: int, size: int) -> Sequence[Operation]:
-        return [_operation(row) for row in self._connections.read(_HISTORY, (token_id, before, size))]
+        return [operation_of(row) for row in self._connections.read(_HISTORY, (token_id, before, size))]
+
+    def _open_reservations(self, after: int, size: int) -> Sequence[Operation]:
+        return [operation_of(row) for row in self._connections.read(_OPEN_RESERVATIONS, (after, size))]
 
     def _model_usage(self, first_id: int, last_id: int) -> Sequence[tuple[int, str, int]]:
         return self._connections.read(_MODEL_USAGE, (first_id, last_id))
+
+    def health(self) -> Iterator[Finding]:
+        from . import sqlite_health
+
+        return sqlite_health.findings(self._path)
 
     def close(self) -> None:
         self._connections.close()
@@ -163,18 +146,18 @@ class _SQLiteTransaction:
 
     def load(self, token_id: int) -> Token | None:
         row = self._execute(_BY_ID, (token_id,)).fetchone()
-        return _token(row) if row else None
+        return token_of(row) if row else None
 
     def load_by_digest(self, digest: bytes) -> Token | None:
         row = self._execute(_BY_DIGEST, (digest,)).fetchone()
-        return _token(row) if row else None
+        return token_of(row) if row else None
 
     def save(self, token: Token) -> None:
-        self._execute(_UPDATE, (*_values(token), token.id))
+        self._execute(_UPDATE, (*token_values(token), token.id))
 
     def insert(self, records: Sequence[TokenRecord]) -> Sequence[int | None]:
         inserted = (
-            self._execute(_INSERT, (*_values(record.token), record.digest, record.digest)) for record in records
+            self._execute(_INSERT, (*token_values(record.token), record.digest, record.digest)) for record in records
         )
         return [cursor.lastrowid if cursor.rowcount else None for cursor in inserted]
 
@@ -190,10 +173,10 @@ class _SQLiteTransaction:
 
     def operation(self, operation_id: str) -> Operation | None:
         row = self._execute(_OPERATION, (operation_id,)).fetchone()
-        return _operation(row) if row else None
+        return operation_of(row) if row else None
 
     def insert_operation(self, operation: Operation) -> None:
-        self._execute(_INSERT_OPERATION, [getattr(operation, name) for name in _OPERATION_VALUES])
+        self._execute(_INSERT_OPERATION, operation_values(operation))
 
     def save_operation(self, operation: Operation) -> None:
         self._execute(
@@ -202,10 +185,10 @@ class _SQLiteTransaction:
         )
 
     def lapsed(self, token_id: int, now: float) -> Sequence[Operation]:
-        return [_operation(row) for row in self._execute(_LAPSED, (token_id, now))]
+        return [operation_of(row) for row in self._execute(_LAPSED, (token_id, now))]
 
     def lapsed_before(self, before: float, size: int) -> Sequence[Operation]:
-        return [_operation(row) for row in self._execute(_LAPSED_BEFORE, (before, size))]
+        return [operation_of(row) for row in self._execute(_LAPSED_BEFORE, (before, size))]
 
     def model_used(self, token_id: int, model: str) -> int:
         row = self._execute(_MODEL_USED, (token_id, model)).fetchone()
@@ -216,44 +199,3 @@ class _SQLiteTransaction:
 
     def forget(self, before: float, lapsed_before: float, size: int) -> int:
         return self._execute(_FORGET, (before, lapsed_before, size)).rowcount
-
-
-def _token(row: Sequence[Any]) -> Token:
-    try:
-        return Token(
-            id=row[0],
-            hint=row[1],
-            name=row[2],
-            total_available=row[3],
-            total_used=row[4],
-            unlimited_quota=row[5] == 1,
-            model_limits={} if row[6] == "{}" else json.loads(row[6]),
-            model_limits_enabled=row[7] == 1,
-            expires_at=row[8],
-            enabled=row[9] == 1,
-            created_at=row[10],
-        )
-    except (TypeError, ValueError, RecursionError) as error:
-        raise StoreError(f"token {row[0]} is damaged in the database: {error}") from error
-
-
-def _operation(row: Sequence[Any]) -> Operation:
-    number, *values = row
-    fields = dict(zip(_OPERATION_VALUES, values, strict=True))
-    fields["unlimited"] = fields["unlimited"] == 1
-    return Operation(number=number, **fields)
-
-
-def _values(token: Token) -> tuple[Any, ...]:
-    return (
-        token.hint,
-        token.name,
-        token.total_available,
-        token.total_used,
-        token.unlimited_quota,
-        encode_model_limits(token.model_limits),
-        token.model_limits_enabled,
-        token.expires_at,
-        token.enabled,
-        token.created_at,
-    )

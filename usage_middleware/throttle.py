@@ -1,0 +1,193 @@
+"""Throttles those who guess keys: counts failed authentication per client, by the package ``limits``.
+
+Time is cut into windows, the same for every client, and a client has so many failures in each. So it is known
+without asking anybody when the next one begins, a failure costs one operation of the storage, and every storage of
+``limits`` can count it (Memcached knows no moving windows). The price: around the end of a window, a client may fail
+twice as often.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from ipaddress import IPv6Address, IPv6Network, ip_address
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import SplitResult, urlsplit
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+    from limits.storage import Storage
+
+logger = logging.getLogger("usage_middleware")
+
+_MOST_CLIENTS: Final = 50_000  # in memory, about 300 bytes each
+_TIMEOUT: Final = 1.0  # seconds that one request waits for a storage that does not answer
+_PAUSE: Final = 5.0  # seconds in which a storage that failed is left alone, so that a flood does not wait for each try
+# Memcached takes more seconds than these for a date, which has long passed (its protocol.txt, "Expiration times").
+_LONGEST: Final = 30 * 24 * 3600
+
+#: Counts one more failure: of a client, in the window that begins at that Unix time. Returns how many there are.
+_Count = Callable[[str, int], int]
+
+
+class Throttle:
+    """So many failures per client and window of time.
+
+    :param limit: one limit in the notation of ``limits``, such as ``"20 per 20 minutes"``, up to 30 days.
+    :param storage: the URI of a storage of ``limits``. ``memory://`` counts in each process by itself, and keeps the
+        50,000 clients that failed last; ``redis://host:6379``, ``memcached://host:11211`` and the like count over all
+        processes, whose clocks must agree.
+    :raises TypeError, ValueError: one of them cannot be what it is meant to be.
+    :raises ImportError: the package ``limits`` is not installed.
+
+    A storage that fails is logged, and throttles nobody while it does.
+    """
+
+    def __init__(self, limit: str, storage: str) -> None:
+        self._amount, self._period, self._name = _parsed(limit)
+        _check_storage(storage)
+        self._storage = storage
+        # By process id: what counts in one process holds a lock or a connection, and is nothing to carry over a fork.
+        self._counts: dict[int, _Count] = {}
+        self._asked_again_at = 0.0  # time.monotonic()
+
+    def failed(self, environ: WSGIEnvironment) -> int:
+        """Counts a failed authentication.
+
+        :return: 0 while the client may fail, or the whole seconds after which it may again, from 1 on.
+        """
+        if time.monotonic() < self._asked_again_at:
+            return 0
+        now = int(time.time())
+        begin = now - now % self._period
+        try:
+            count = self._counts.get(os.getpid()) or self._counts.setdefault(os.getpid(), self._open())
+            failures = count(_client(environ), begin)
+        except Exception as error:
+            if time.monotonic() < self._asked_again_at:
+                return 0  # another thread has just told of it
+            self._asked_again_at = time.monotonic() + _PAUSE
+            # Its text is not ours, and may quote the URI with its password.
+            kind, reason = urlsplit(self._storage).scheme, type(error).__qualname__
+            logger.error("failure_storage (%s) failed: %s; nobody is throttled for %d s", kind, reason, _PAUSE)
+            return 0
+        return begin + self._period - now if failures > self._amount else 0
+
+    def _open(self) -> _Count:
+        if urlsplit(self._storage).scheme == "memory":
+            return _MemoryCounts().count
+        storage = _open_storage(self._storage)
+
+        def count(client: str, begin: int) -> int:
+            # A second more than a window has: Memcached forgets up to a second early.
+            expiry = min(self._period + 1, _LONGEST)
+            return storage.incr(f"usage-middleware/{self._name}/{begin}/{client}", expiry)
+
+        return count
+
+
+class _MemoryCounts:
+    """The counts of one process. Where there are too many, the client that has not failed for longest is forgotten.
+
+    The ``MemoryStorage`` of ``limits`` will not do: its memory grows with the number of clients, it starts threads,
+    and threads that count at once make it lose counts or raise.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: OrderedDict[tuple[int, str], int] = OrderedDict()
+
+    def count(self, client: str, begin: int) -> int:
+        with self._lock:
+            count = self._counts[begin, client] = self._counts.pop((begin, client), 0) + 1
+            # Those of windows that have passed stand in front.
+            while len(self._counts) > _MOST_CLIENTS or next(iter(self._counts))[0] < begin:
+                self._counts.popitem(last=False)
+        return count
+
+
+def _client(environ: WSGIEnvironment) -> str:
+    """Whom a failure is counted against: an IPv4 address or, as one host has all of it, an IPv6 network of 64 bits.
+
+    RFC 4291 section 2.5.1 leaves the last 64 bits to the host, and RFC 8981 changes them every day. All requests whose
+    ``REMOTE_ADDR`` is no address (a server on a Unix socket) are one client, as they come through one proxy.
+    """
+    try:
+        address = ip_address(environ.get("REMOTE_ADDR", ""))
+    except ValueError:
+        return "unknown"
+    if isinstance(address, IPv6Address):
+        # A socket that takes both protocols shows IPv4 clients so (RFC 4291 section 2.5.5.2), all in one network.
+        return str(address.ipv4_mapped or IPv6Network((int(address) >> 64 << 64, 64)))
+    return str(address)
+
+
+def _parsed(limit: str) -> tuple[int, int, str]:
+    """How many failures, in how many seconds, and a name for both that is the same in each process."""
+    if not isinstance(limit, str):
+        raise TypeError(f"failure_limit must be a str such as '20 per 20 minutes', or None, got {limit!r}")
+    try:
+        from limits import parse_many
+    except ImportError as error:
+        raise ImportError("failure_limit needs the package limits: pip install 'usage-middleware[throttle]'") from error
+    try:
+        (item,) = parse_many(limit)
+    except ValueError:
+        raise ValueError(f"failure_limit must be one limit such as '20 per 20 minutes', got {limit!r}") from None
+    period = item.get_expiry()
+    if item.amount < 1 or period > _LONGEST:
+        raise ValueError(f"failure_limit must be 1 or more in at most 30 days, got {limit!r}")
+    return item.amount, period, f"{item.amount}/{period}"
+
+
+def _check_storage(uri: str) -> None:
+    """Finds what is wrong with a URI. What it opens for that is dropped. No error quotes it: it may hold a password."""
+    if not isinstance(uri, str):
+        raise TypeError(f"failure_storage must be a str such as 'redis://localhost:6379', got {type(uri).__name__}")
+    from limits.errors import ConfigurationError
+
+    try:
+        parts = urlsplit(uri)
+        if parts.scheme == "memory":
+            return
+        if not parts.netloc and not parts.path:
+            raise ValueError
+        _open_storage(uri)
+    except (ConfigurationError, TypeError, ValueError):
+        # Not chained: what was raised quotes the URI.
+        raise ValueError(
+            "failure_storage must be a storage URI of the package limits whose client (redis, pymemcache, ...) is "
+            "installed, such as 'memory://', 'redis://localhost:6379' or 'memcached://localhost:11211'"
+        ) from None
+    except Exception:
+        # A Redis cluster is asked at once, and may be down: that shows, and is logged, when it is needed.
+        return
+
+
+def _open_storage(uri: str) -> Storage:
+    from limits.storage import MemcachedStorage, Storage, storage_from_string
+
+    storage = storage_from_string(uri, **_client_options(urlsplit(uri)))
+    if not isinstance(storage, Storage):
+        raise TypeError("a storage for asyncio cannot be used here")
+    if isinstance(storage, MemcachedStorage):
+        # It would make a client for each thread, whose connection outlives the thread. These clients are safe to share.
+        client: Any = storage.storage
+        storage.client_getter = lambda module, hosts, **options: client
+        weakref.finalize(storage, client.close)
+    return storage
+
+
+def _client_options(uri: SplitResult) -> dict[str, float | str | bool]:
+    """How long a client waits: by default, for minutes or for ever. The URI of a Redis can say otherwise."""
+    if uri.scheme == "memcached":
+        pooling: dict[str, float | str | bool] = {"use_pooling": True} if "," in uri.netloc else {}
+        return {"connect_timeout": _TIMEOUT, "timeout": _TIMEOUT, **pooling}
+    if uri.scheme.startswith(("redis", "valkey")):
+        return {"socket_connect_timeout": _TIMEOUT, "socket_timeout": _TIMEOUT}
+    return {}
