@@ -159,6 +159,13 @@ class SQLAlchemyTokenStore(QuotaStore):
         rows = self._database.read(_model_usage, {"first": first_id, "last": last_id})
         return [(row.token_id, row.model, row.used) for row in rows]
 
+    def has_tables(self) -> bool:
+        """Whether this store's tables are there. They are made at the first use; this makes none."""
+        try:
+            return self._database.transact(sql_schema.is_current)
+        except sql_schema.WrongTables as error:
+            raise StoreError(f"{self._database.name} {error}") from None
+
     def health(self) -> Iterator[Finding]:
         from . import sql_health
 
@@ -172,11 +179,11 @@ class SQLAlchemyTokenStore(QuotaStore):
     def _prepare(self) -> None:
         """Sees that the tables are there, once in a process."""
         if not self._is_prepared:
-            try:
-                if not self._database.transact(sql_schema.is_current):
+            if not self.has_tables():
+                try:
                     self._database.transact(sql_schema.create)
-            except sql_schema.WrongTables as error:
-                raise StoreError(f"{self._database.name} {error}") from None
+                except sql_schema.WrongTables as error:
+                    raise StoreError(f"{self._database.name} {error}") from None
             self._is_prepared = True
 
 
