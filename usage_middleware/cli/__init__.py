@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import click
 
-from . import check, ledger, manage, serve
+from . import check, formats, ledger, manage, serve
 from .common import remember_database
 
 
@@ -53,5 +53,5 @@ def main(args: Sequence[str] | None = None) -> None:
         message = "stopped"
     else:
         sys.exit(status if isinstance(status, int) else 0)
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    click.echo(f"Error: {formats.without_keys(' '.join(message.split()))}", err=True)
     sys.exit(2)

@@ -44,7 +44,20 @@ def database_option(command: _Command) -> _Command:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-token_id_argument = click.argument("token_id", metavar="ID", type=int)
+
+
+class _TokenId(click.ParamType[int]):
+    name = "id"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return int(value)
+        except ValueError:
+            # Without the value, which may be a key in the wrong place.
+            self.fail("an ID is a number; 'usage-middleware list' shows it", param, ctx)
+
+
+token_id_argument = click.argument("token_id", metavar="ID", type=_TokenId())
 
 
 @contextmanager

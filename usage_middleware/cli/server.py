@@ -14,7 +14,7 @@ import click
 from werkzeug.serving import WSGIRequestHandler, make_server, select_address_family
 from werkzeug.utils import ImportStringError, import_string
 
-from .formats import printable
+from .formats import printable, without_keys
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
@@ -25,7 +25,7 @@ class _RequestHandler(WSGIRequestHandler):
         # Without the query, where a key may stand although it should not, and without the size, which says nothing.
         path = getattr(self, "path", "").partition("?")[0]
         method = self.command or "-"
-        click.echo(f'{self.address_string()} "{printable(f"{method} {path}")}" {int(code)}', err=True)
+        click.echo(f'{self.address_string()} "{without_keys(printable(f"{method} {path}"))}" {int(code)}', err=True)
 
     def log_error(self, *_: Any) -> None:
         # The arguments quote what could not be understood, which may be a key in the wrong place.

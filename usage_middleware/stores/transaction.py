@@ -138,5 +138,6 @@ def can_exist(token_id: object) -> bool:
     :raises TypeError: it is no ``int``.
     """
     if not isinstance(token_id, int) or isinstance(token_id, bool):
-        raise TypeError(f"a token id must be an int, got {token_id!r}")
+        # Without the value, which may be a key in the wrong place.
+        raise TypeError(f"a token id must be an int, got {type(token_id).__name__}")
     return 0 < token_id <= MAX_INTEGER
