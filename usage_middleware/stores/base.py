@@ -70,6 +70,11 @@ class QuotaStore(Ledger):
         """Up to ``size`` tokens with an id greater than ``after``, by id, each with its digest."""
 
     @abstractmethod
+    def taken(self, digests: Sequence[bytes]) -> set[bytes]:
+        """Those of ``digests`` (:func:`key_digest` of keys) that a token has here, or had: what :meth:`restore` leaves
+        alone. Reads only."""
+
+    @abstractmethod
     def close(self) -> None:
         """Gives up what the store holds. Closing twice is fine, using a closed store is a :class:`StoreError`."""
 
@@ -133,6 +138,10 @@ class QuotaStore(Ledger):
             for token, _ in page:
                 yield token
 
+    def count(self) -> int:
+        """How many tokens there are."""
+        return sum(1 for _ in self.tokens())
+
     def records(self) -> Iterator[TokenRecord]:
         """Every token with all that :meth:`restore` needs of it, by id, read as :meth:`tokens` reads them.
 
@@ -151,7 +160,7 @@ class QuotaStore(Ledger):
         :return: for each the id of the new token, or ``None`` where its key is in use here, or was before.
         :raises TypeError, ValueError: a record cannot be stored; no other is then.
         """
-        checked = [_check_record(record) for record in records]
+        checked = [check_record(record) for record in records]
 
         def work(transaction: Transaction) -> list[int | None]:
             ids = list(transaction.insert(checked))
@@ -228,7 +237,11 @@ class QuotaStore(Ledger):
         self.close()
 
 
-def _check_record(record: TokenRecord) -> TokenRecord:
+def check_record(record: TokenRecord) -> TokenRecord:
+    """The record itself, if every store can hold it.
+
+    :raises TypeError, ValueError: it cannot; the message names the field.
+    """
     token = record.token
     _check_storable(token)
     if token.total_used < 0:

@@ -34,6 +34,7 @@ _VALUES: Final = (
 _SELECT: Final = f"SELECT id, {', '.join(_VALUES)} FROM tokens"
 _BY_DIGEST: Final = f"{_SELECT} WHERE digest = ?"
 _BY_ID: Final = f"{_SELECT} WHERE id = ?"
+_TAKEN: Final = "SELECT 1 FROM tokens WHERE digest = ? UNION ALL SELECT 1 FROM retired_keys WHERE digest = ?"
 _PAGE: Final = f"SELECT id, {', '.join(_VALUES)}, digest FROM tokens WHERE id > ? ORDER BY id LIMIT ?"
 # Adds nothing where the digest is taken. INSERT OR IGNORE would also ignore what else is wrong with a row.
 _INSERT: Final = (
@@ -149,6 +150,13 @@ class SQLiteTokenStore(QuotaStore):
 
     def _model_usage(self, first_id: int, last_id: int) -> Sequence[tuple[int, str, int]]:
         return self._connections.read(_MODEL_USAGE, (first_id, last_id))
+
+    def taken(self, digests: Sequence[bytes]) -> set[bytes]:
+        return {digest for digest in digests if self._connections.read(_TAKEN, (digest, digest))}
+
+    def count(self) -> int:
+        ((count,),) = self._connections.read("SELECT count(*) FROM tokens", ())
+        return int(count)
 
     def close(self) -> None:
         self._connections.close()
