@@ -13,6 +13,7 @@ import click
 
 from ..errors import TokenNotFound, UsageError
 from ..stores.base import QuotaStore
+from ..stores.memory import MemoryTokenStore
 from ..stores.sqlite import SQLiteTokenStore
 from ..tokens import Token
 from . import formats
@@ -43,15 +44,19 @@ token_id_argument = click.argument("token_id", metavar="ID", type=int)
 
 
 @contextmanager
-def open_store(*, create: bool = False) -> Iterator[SQLiteTokenStore]:
-    """The store that ``--db`` names. What it refuses inside of the context becomes one line."""
+def open_store(*, create: bool = False, read_only: bool = False) -> Iterator[QuotaStore]:
+    """The store that ``--db`` names. What it refuses inside of the context becomes one line.
+
+    :param create: a database that is not there is made; where it is only read, an empty store stands for it.
+    """
     path = click.get_current_context().meta.get(_DATABASE)
     if not path:
         raise click.UsageError("which database? Name it with --db FILE or in USAGE_MIDDLEWARE_DB")
     if not create and not Path(path).exists():
         raise click.UsageError(f"there is no database {path}; 'usage-middleware create' makes one")
     try:
-        with SQLiteTokenStore(path) as store:
+        missing = read_only and not Path(path).exists()
+        with MemoryTokenStore() if missing else SQLiteTokenStore(path, read_only=read_only) as store:
             yield store
     except (UsageError, ValueError) as error:
         raise click.UsageError(str(error)) from None
