@@ -258,9 +258,17 @@ def check_record(record: TokenRecord) -> TokenRecord:
 
 def _check_storable(token: Token) -> None:
     """What every database holds: 64-bit integers, and text without NUL (which PostgreSQL refuses)."""
-    for field, unit in _INTEGERS.items():
-        if abs(getattr(token, field)) > MAX_INTEGER:
-            raise ValueError(f"{field} must be 0 to 2**63 - 1 {unit}, got {getattr(token, field)}")
+    # A token that is restored is one of many: the one expression is all that an ordinary one costs.
+    if not (
+        -MAX_INTEGER <= token.total_available <= MAX_INTEGER
+        and -MAX_INTEGER <= token.total_used <= MAX_INTEGER
+        and -MAX_INTEGER <= token.total_used + token.total_available <= MAX_INTEGER
+        and -MAX_INTEGER <= token.expires_at <= MAX_INTEGER
+        and -MAX_INTEGER <= token.created_at <= MAX_INTEGER
+    ):
+        for field, unit in _INTEGERS.items():
+            if abs(getattr(token, field)) > MAX_INTEGER:
+                raise ValueError(f"{field} must be 0 to 2**63 - 1 {unit}, got {getattr(token, field)}")
     if "\0" in token.name:
         raise ValueError("name must not contain NUL characters")
     for model, limit in token.model_limits.items():
