@@ -202,7 +202,8 @@ def _record(fields: dict[str, Any]) -> TokenRecord:
         available = granted - fields.get("total_used", 0)
         if fields.setdefault("total_available", available) != available:
             raise BadRow("total_granted is not the sum of total_used and total_available")
-    fields.setdefault("model_limits_enabled", bool(fields.get("model_limits")))
+    if fields.get("model_limits"):
+        fields.setdefault("model_limits_enabled", True)
     usage = fields.pop("model_usage", {})
     try:
         return check_record(TokenRecord(token=Token(**fields), digest=digest, model_usage=usage))
@@ -264,18 +265,18 @@ def _boolean(name: str, value: Any, now: float) -> bool:
     return value
 
 
+def _time_of_text(name: str, text: str, now: float) -> int:
+    # A number as it stands, however small or large it is: an export is read back as it was.
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    try:
+        return formats.parse_expiry(text, now)
+    except ValueError:
+        raise BadRow(f"{name} must be Unix seconds, 2030-01-01, '2030-01-01 18:30' (UTC), 30d, or never") from None
+
+
 def _time(name: str, value: Any, now: float) -> int:
-    if type(value) is int:
-        return value
-    if isinstance(value, str):
-        # As it stands, however small or large it is: an export is read back as it was.
-        if _INTEGER.fullmatch(value):
-            return int(value)
-        try:
-            return formats.parse_expiry(value, now)
-        except ValueError:
-            pass
-    raise BadRow(f"{name} must be Unix seconds, 2030-01-01, '2030-01-01 18:30' (UTC), 30d, or never")
+    return _time_of_text(name, value, now) if isinstance(value, str) else _integer(name, value, now)
 
 
 def _limits_of_text(name: str, text: str, now: float) -> Mapping[str, int | bool]:
@@ -338,9 +339,9 @@ _FROM_TEXT: Final[Mapping[str, _Parse]] = {
     "unlimited_quota": _boolean_of_text,
     "model_limits": _limits_of_text,
     "model_limits_enabled": _boolean_of_text,
-    "expires_at": _time,
+    "expires_at": _time_of_text,
     "enabled": _boolean_of_text,
-    "created_at": _time,
+    "created_at": _time_of_text,
     "hint": _text,
     "model_usage": _usage_of_text,
     "id": _ignored,
@@ -353,6 +354,8 @@ _FROM_JSON: Final[Mapping[str, _Parse]] = {
     "unlimited_quota": _boolean,
     "model_limits": _limits,
     "model_limits_enabled": _boolean,
+    "expires_at": _time,
     "enabled": _boolean,
+    "created_at": _time,
     "model_usage": _usage,
 }

@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import os
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
-
-import click
 
 from ..stores.base import check_record
 from ..stores.sqlite import SQLiteTokenStore
@@ -30,8 +29,10 @@ _SQLITE_MAGIC: Final = b"SQLite format 3\0"  # sqlite.org/fileformat.html, secti
 class Source:
     """Rows that are read one by one."""
 
-    #: What a row is called, and the token or why it is none.
-    rows: Iterator[tuple[str, TokenRecord | BadRow]]
+    #: What the number of a row counts.
+    unit: str
+    #: The number of a row, and its token or why it is none.
+    rows: _Rows
     #: How much there is to read, in bytes or in rows; ``None``: nobody knows.
     length: Callable[[], int | None]
     #: How much of it has been read.
@@ -60,7 +61,7 @@ def open_source(text: str, format_name: str | None) -> AbstractContextManager[So
     if text == "-":
         if format_name is None:
             raise UnreadableSource("name the format of standard input with --format csv or --format jsonl")
-        return _text_source(click.get_binary_stream("stdin"), format_name)
+        return _text_source(sys.stdin.buffer, format_name)
     if "://" in text:
         return _database_source(_open_database(text))
     try:
@@ -94,14 +95,14 @@ def _open_database(text: str) -> _Database:
 def _database_source(database: _Database) -> Iterator[Source]:
     read = 0
 
-    def rows() -> Iterator[tuple[str, TokenRecord | BadRow]]:
+    def rows() -> _Rows:
         nonlocal read
         for record in database.records():
             read += 1
-            yield f"token {record.token.id}", _checked(record)
+            yield record.token.id or read, _checked(record)
 
     with closing(database):
-        yield Source(rows(), database.count, lambda: read)
+        yield Source("token", rows(), database.count, lambda: read)
 
 
 def _checked(record: TokenRecord) -> TokenRecord | BadRow:
@@ -118,7 +119,7 @@ def _text_source(file: BinaryIO, format_name: str) -> Iterator[Source]:
     newline = "" if format_name == "csv" else "\n"
     with file, io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as text:
         rows = FORMATS[format_name](_lines(text), time.time())
-        yield Source(((f"line {number}", row) for number, row in rows), lambda: _size(file), file.tell)
+        yield Source("line", rows, lambda: _size(file), file.tell)
 
 
 def _lines(text: io.TextIOBase) -> Iterator[str]:

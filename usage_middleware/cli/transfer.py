@@ -85,13 +85,14 @@ def export(format_name: str | None, output: str | None) -> None:
     if format_name is None:
         raise click.UsageError(f"nothing tells the format of {output}; name it with --format csv or --format jsonl")
     try:
-        with (
-            open_store() as store,
-            _new_file(Path(output)) if output else nullcontext(click.get_binary_stream("stdout")) as file,
-            # At a terminal the tokens themselves show how it goes.
-            _Progress("Exporting", store.count if output else lambda: None) as progress,
-        ):
-            count = _write(store, format_name, file, progress)
+        with open_store() as store:
+            if output:
+                with _new_file(Path(output)) as file, _Progress("Exporting", store.count) as progress:
+                    count = _write(store, format_name, file, progress)
+            else:
+                # No bar: at a terminal the tokens themselves show how it goes.
+                with _Progress("", lambda: None) as progress:
+                    count = _write(store, format_name, sys.stdout.buffer, progress)
     except OSError as error:
         if error.errno == errno.EPIPE:  # click ends quietly where nobody reads on
             raise
@@ -149,9 +150,9 @@ def _copy(source: Source, restore: _Restore, tally: _Tally) -> None:
     with _Progress("Importing", source.length) as progress:
         while rows := list(islice(source.rows, _BATCH)):
             records = []
-            for where, row in rows:
+            for number, row in rows:
                 if isinstance(row, BadRow):
-                    progress.say(f"{where}: {row}")
+                    progress.say(f"{source.unit} {number}: {row}")
                     tally.bad += 1
                 else:
                     records.append(row)
@@ -202,19 +203,22 @@ def _write(store: QuotaStore, format_name: str, file: BinaryIO, progress: _Progr
     """Writes all tokens; returns how many there were."""
     count = 0
 
+    def position() -> int:
+        return count
+
     def counted() -> Iterator[TokenRecord]:
         nonlocal count
         for record in store.records():
             yield record
             count += 1
             if count % _BATCH == 0:
-                progress.move(lambda: count)
+                progress.move(position)
 
     for line in _WRITERS[format_name](counted()):
         # UTF-8 whatever the terminal has: what it does not have would be lost.
         file.write(line.encode())
     file.flush()
-    progress.move(lambda: count)
+    progress.move(position)
     return count
 
 
