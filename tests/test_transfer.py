@@ -426,7 +426,7 @@ def test_a_token_that_is_there_is_left_alone(run, db):
 
 def test_a_rehearsal_tells_what_the_import_then_does_and_writes_nothing(run, db, monkeypatch, tmp_path):
     # Two batches, and a key that comes again in the second.
-    monkeypatch.setattr("usage_middleware.cli.transfer._BATCH", 3)
+    monkeypatch.setattr("usage_middleware.cli.transfer.BATCH", 3)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     db.with_name("t.csv").write_text("key,total_used\none,1\ntwo,2\nthree,x\none,1\nfour,4\nfour,4\n")
     (tmp_path / "temporary").mkdir()
@@ -661,7 +661,7 @@ def test_the_same_command_goes_on_where_one_was_stopped(run, db, big_import, kil
 
 
 def test_a_database_that_fails_on_the_way(run, db, monkeypatch):
-    monkeypatch.setattr("usage_middleware.cli.transfer._BATCH", 10)
+    monkeypatch.setattr("usage_middleware.cli.transfer.BATCH", 10)
     db.with_name("t.csv").write_text("".join(lines(25)))
     with SQLiteTokenStore(db) as store:
         store.find(1)
@@ -716,7 +716,7 @@ def test_a_bar_is_shown_at_a_terminal(db):
 
 def test_memory_does_not_grow_with_the_rows(run, db, monkeypatch, full):
     """A part of the rows takes as much of it as all of them, if it is more than two pages of a store's tokens."""
-    monkeypatch.setattr("usage_middleware.cli.transfer._BATCH", 300)
+    monkeypatch.setattr("usage_middleware.cli.transfer.BATCH", 300)
     count = 100_000 if full else 6000
     peaks = []
     for size in (count // 3, count):

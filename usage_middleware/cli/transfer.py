@@ -24,7 +24,7 @@ from .sources import FORMATS, Source, format_of, open_source
 
 # Rows in a transaction. With a thousand, a large database would write each page of its index several times as often;
 # this many take a fraction of a second, for which a charge that comes in between waits.
-_BATCH: Final = 10_000
+BATCH: Final = 10_000
 _WRITERS: Final[Mapping[str, Callable[[Iterable[TokenRecord]], Iterator[str]]]] = {
     "csv": write_csv,
     "jsonl": write_json_lines,
@@ -148,14 +148,17 @@ class _Progress:
 
 def _copy(source: Source, restore: _Restore, tally: _Tally) -> None:
     with _Progress("Importing", source.length) as progress:
-        while rows := list(islice(source.rows, _BATCH)):
+        while True:
+            count = 0
             records = []
-            for number, row in rows:
+            for count, (number, row) in enumerate(islice(source.rows, BATCH), 1):  # noqa: B007 - used below
                 if isinstance(row, BadRow):
                     progress.say(f"{source.unit} {number}: {row}")
                     tally.bad += 1
                 else:
                     records.append(row)
+            if not count:
+                return
             ids = restore(records)
             there = ids.count(None)
             tally.there += there
@@ -211,7 +214,7 @@ def _write(store: QuotaStore, format_name: str, file: BinaryIO, progress: _Progr
         for record in store.records():
             yield record
             count += 1
-            if count % _BATCH == 0:
+            if count % BATCH == 0:
                 progress.move(position)
 
     for line in _WRITERS[format_name](counted()):
