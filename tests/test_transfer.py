@@ -188,7 +188,7 @@ BAD_CELLS = [
     ("model_usage", "a", "model_usage is no JSON"),
     ("model_usage", "[]", "model_usage must be a JSON object"),
     ("model_usage", '{"a": true}', "model_usage must have 0 to"),
-    ("model_usage", json.dumps({"a" * 256: 1}), "model_usage must be 1 to 255"),
+    ("model_usage", json.dumps({"canary" * 50: 1}), "model_usage must be 1 to 255"),
     ("expires_at", "soon", "expires_at must be Unix seconds"),
     ("expires_at", str(MOST + 1), "expires_at must be"),
     ("created_at", "1.5", "created_at must be Unix seconds"),
@@ -619,41 +619,26 @@ def wait_for_tokens(path, process):
     raise AssertionError("nothing was imported")
 
 
-@pytest.fixture
-def big_import(db):
-    """Starts an import of a file that is only read as far as the test writes it: it cannot end before it is stopped."""
-    processes = []
-
-    def start(count, **options):
-        process = subprocess.Popen(
-            [SCRIPT, "import", "--format", "csv", "-"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, **options
-        )
-        processes.append(process)
-        process.stdin.write("".join(lines(count)).encode())
-        process.stdin.flush()
-        return process
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
-
-
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
-def test_the_same_command_goes_on_where_one_was_stopped(run, db, big_import, kill):
-    count = 25_000
-    process = big_import(count)
-    assert wait_for_tokens(db, process) % 10_000 == 0  # whole batches
-    process.send_signal(kill)
-    err = process.communicate()[1].decode()
+def test_the_same_command_goes_on_where_one_was_stopped(run, db, kill):
+    count = 60_000
+    db.with_name("t.csv").write_text("".join(lines(count)))
+    # Stopped when the first batch is there, which is while one of the others is read or written.
+    with subprocess.Popen([SCRIPT, "import", "t.csv"], stderr=subprocess.PIPE) as process:
+        try:
+            assert wait_for_tokens(db, process) % 10_000 == 0
+            process.send_signal(kill)
+            err = process.communicate()[1].decode()
+        finally:
+            process.kill()
     there = len(tokens(db))
-    assert there in (10_000, 20_000)
+    assert 0 < there < count
+    assert there % 10_000 == 0
     if kill == signal.SIGINT:
         assert process.returncode == 2
         told, stopped = err.splitlines()
-        assert re.fullmatch(r"[12]0,000 imported, 0 already there, 0 bad\.", told)
+        assert re.fullmatch(r"\d0,000 imported, 0 already there, 0 bad\.", told)
         assert stopped == "Error: stopped; the same command goes on from there"
-    db.with_name("t.csv").write_text("".join(lines(count)))
     assert run("import", "t.csv")[1] == f"{count - there:,} imported, {there:,} already there, 0 bad.\n"
     assert [(token.name, token.total_available) for token in tokens(db)] == [
         (f"Token {number}", number) for number in range(count)
