@@ -337,6 +337,7 @@ def test_only_create_makes_a_database(db):
     for args in (
         *(["list"], ["show", 1], ["update", 1, "--disable"], ["rotate", 1], ["delete", 1], ["serve"]),
         *(["grant", 1, 5], ["charge", 1, 5], ["refund", "x"], ["history", 1], ["prune", "--before", "1d"]),
+        *(["export"], ["export", "--output", "tokens.csv"]),
     ):
         assert "there is no database" in run(*args, status=2)[1]
     assert not db.exists()

@@ -12,6 +12,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     delete,
+    func,
     insert,
     or_,
     select,
@@ -39,6 +40,7 @@ _by_id: Final = select(*_token_columns).where(tokens.c.id == bindparam("id"))
 # Whoever has the row's lock has the token (Transaction.load).
 _lock_by_digest: Final = _by_digest.with_for_update()
 _lock_by_id: Final = _by_id.with_for_update()
+_count: Final = select(func.count()).select_from(tokens)
 _page: Final = (
     select(*_token_columns, tokens.c.digest)
     .where(tokens.c.id > bindparam("after"))
@@ -158,6 +160,14 @@ class SQLAlchemyTokenStore(QuotaStore):
         self._prepare()
         rows = self._database.read(_model_usage, {"first": first_id, "last": last_id})
         return [(row.token_id, row.model, row.used) for row in rows]
+
+    def taken(self, digests: Sequence[bytes]) -> set[bytes]:
+        self._prepare()
+        return {bytes(row.digest) for row in self._database.read(_taken, {"digests": list(digests)})}
+
+    def count(self) -> int:
+        self._prepare()
+        return int(self._database.read(_count)[0][0])
 
     def has_tables(self) -> bool:
         """Whether this store's tables are there. They are made at the first use; this makes none."""
