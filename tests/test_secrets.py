@@ -586,7 +586,7 @@ def test_a_served_endpoint_logs_no_key(db, tmp_path):
     finally:
         process.terminate()
         process.wait(30)
-    assert "SQLiteTokenStore failed: StoreError" in log.read_text()
+    assert "SQLiteTokenStore failed: DamagedToken" in log.read_text()
     assert_no_trace("the log", log.read_bytes())
     for file in tmp_path.iterdir():
         assert_no_trace(file.name, file.read_bytes(), may_hold_digest=True)
