@@ -60,7 +60,7 @@ TABLES = [
     ),
     ([BARE, OURS, "Flask view", ORM, IN_MEMORY], {}),
     *[(["1 thread"], {})] * 5,
-    *[([BARE, OURS, "Flask view", ORM, DJANGO, f"{OURS}, 2 workers"], {})] * HAS_WRK,
+    *[([BARE, OURS, "Flask view", ORM, DJANGO, f"{OURS}, 2 workers"], {})] * (2 * HAS_WRK),
     (["by hand", "SQLiteTokenStore.charge"], {"SQLiteTokenStore.charge": 1.5}),
     (["by hand", "SQLiteTokenStore.charge"], {"SQLiteTokenStore.charge": 1.5}),
     (

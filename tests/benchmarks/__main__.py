@@ -36,7 +36,7 @@ _COUNT = click.IntRange(min=1)
 @click.option(
     "--tokens-most",
     default=1_000_000,
-    type=click.IntRange(min=1_000),
+    type=click.IntRange(min=2_000),
     help="The most in the part 'tokens'; 10,000,000 take two minutes to fill, and 1.3 GB.",
 )
 @click.option("--at-once", default=64, type=_COUNT, help="The most threads, or connections, that ask at once.")

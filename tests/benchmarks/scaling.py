@@ -94,7 +94,7 @@ class Load:
 
     per_second: float
     latencies: Sequence[float]  # seconds, at the PERCENTILES
-    processor_time: float = 0.0  # seconds for each request, where it is known
+    processor_time: float  # seconds for each request
 
 
 def by_number_of_threads(tokens: int, most: int, rounds: int) -> Iterator[Result]:
@@ -126,9 +126,9 @@ def by_number_of_threads(tokens: int, most: int, rounds: int) -> Iterator[Result
             {name: loads[name, number] for name in apps},
         )
     for name in apps:
-        yield table_of(
+        yield processor_time_table(
             f"{name}: processor time of a request, when threads ask at once",
-            [(_threads(number), [load.processor_time for load in loads[name, number]], None) for number in numbers],
+            {_threads(number): loads[name, number] for number in numbers},
         )
     for file_name, label, value in (
         ("threads", "requests per second", lambda load: load.per_second),
@@ -149,7 +149,7 @@ def _threads(number: int) -> str:
 
 
 def load_table(title: str, loads: dict[str, list[Load]]) -> Table:
-    """Requests per second as ratios to the first, and the latencies of the middle round."""
+    """Requests per second as ratios to the first, and the medians of the latencies."""
     return table_of(
         title,
         [(name, [load.per_second for load in taken], None) for name, taken in loads.items()],
@@ -161,18 +161,25 @@ def load_table(title: str, loads: dict[str, list[Load]]) -> Table:
     )
 
 
+def processor_time_table(title: str, loads: dict[str, list[Load]]) -> Table:
+    """What a request costs, which tells more than the clock on a machine that does something else besides."""
+    return table_of(title, [(name, [load.processor_time for load in taken], None) for name, taken in loads.items()])
+
+
 def _ask_at_once(app: Any, keys: Sequence[str], threads: int) -> Load:
     """Has that many threads ask, each one request after the other."""
     latencies: list[list[float]] = [[] for _ in range(threads)]
-    start = threading.Barrier(threads + 1)
     environs = [usage_environ(key) for key in keys]
+    clocks: list[float] = []
+    # The last thread that is ready reads the clocks, before any of them goes on.
+    start = threading.Barrier(threads, lambda: clocks.extend((time.perf_counter(), time.process_time())))
 
     def ask(number: int) -> None:
         taken = latencies[number]
         place = number * 101
         answer_of(app, environs[place % len(environs)].copy())  # what a thread has of its own is made before
         start.wait()
-        end = time.perf_counter() + _TURN
+        end = clocks[0] + _TURN
         begun = 0.0
         while begun < end:
             place += 1
@@ -184,11 +191,9 @@ def _ask_at_once(app: Any, keys: Sequence[str], threads: int) -> Load:
     asking = [threading.Thread(target=ask, args=(number,)) for number in range(threads)]
     for thread in asking:
         thread.start()
-    start.wait()
-    begun, processor_time = time.perf_counter(), time.process_time()
     for thread in asking:
         thread.join()
-    seconds, processor_time = time.perf_counter() - begun, time.process_time() - processor_time
+    seconds, processor_time = time.perf_counter() - clocks[0], time.process_time() - clocks[1]
     taken = sorted(latency for of_thread in latencies for latency in of_thread)
     return Load(
         len(taken) / seconds,

@@ -11,13 +11,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from calling import USAGE_PATH
 from comparing import PERCENTILES, Result, in_turn
 from peers import BARE_WSGI, DJANGO, FASTAPI, FASTAPI_ASYNC, FLASK, FLASK_SQLALCHEMY, OURS, Peer, present
-from scaling import Load, load_table
+from scaling import Load, load_table, processor_time_table
 from tokens_database import filled_database, random_keys
 
 SERVERS = ("granian", "gunicorn")
@@ -29,7 +29,7 @@ _TITLES = {
 _ASKED = 10_000  # keys that are asked for, again and again
 _SECONDS = 1  # in a turn; wrk takes whole seconds
 _START_TIMEOUT = 30.0  # seconds
-_TOLD = ("errors", "per_second", "latencies")  # by the script
+_TELLS_PROCESSOR_TIME = Path("/proc/self/stat").exists()
 
 # wrk calls `init` once in each of its threads, `request` for each request and `done` at the end.
 _SCRIPT = f"""\
@@ -49,6 +49,7 @@ end
 function done(summary, latency)
     local errors = summary.errors
     print("errors", errors.connect + errors.read + errors.write + errors.status + errors.timeout)
+    print("requests", summary.requests)
     print("per_second", summary.requests / summary.duration * 1e6)
     print("latencies", {", ".join(f"latency:percentile({percentile})" for percentile in PERCENTILES)})
 end
@@ -77,17 +78,20 @@ def over_http(servers: Sequence[str], tokens: int, most_connections: int, rounds
             contenders = [(peer.name, peer, 1) for peer in installed]
             contenders.append((f"{OURS.name}, 2 workers", OURS, 2))
             with ExitStack() as stack:
-                ports = {
+                processes = {
                     name: stack.enter_context(_served(server, peer, path, workers, most_connections))
                     for name, peer, workers in contenders
                 }
                 for connections in sorted({1, most_connections}):
-                    loads: dict[str, list[Load]] = {name: [] for name in ports}
+                    loads: dict[str, list[Load]] = {name: [] for name in processes}
                     for turn in range(rounds):
-                        for name in in_turn(list(ports), turn):
-                            loads[name].append(_ask(ports[name], connections, script, keys))
+                        for name in in_turn(list(processes), turn):
+                            loads[name].append(_ask(*processes[name], connections, script, keys))
                     number = "1 connection" if connections == 1 else f"{connections} connections"
-                    yield load_table(f"Over HTTP, {number}: {_TITLES[server].format(threads=most_connections)}", loads)
+                    title = f"Over HTTP, {number}: {_TITLES[server].format(threads=most_connections)}"
+                    yield load_table(title, loads)
+                    if _TELLS_PROCESSOR_TIME:
+                        yield processor_time_table(f"{title}; the servers' processor time of a request", loads)
 
 
 def _command(server: str, peer: Peer, port: int, workers: int, threads: int) -> list[str]:
@@ -100,8 +104,8 @@ def _command(server: str, peer: Peer, port: int, workers: int, threads: int) -> 
 
 
 @contextmanager
-def _served(server: str, peer: Peer, path: Path, workers: int, threads: int) -> Iterator[int]:
-    """Runs a server with a peer's application until the end, and gives its port."""
+def _served(server: str, peer: Peer, path: Path, workers: int, threads: int) -> Iterator[tuple[int, int]]:
+    """Runs a server with a peer's application until the end, and gives its process id and its port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -112,6 +116,7 @@ def _served(server: str, peer: Peer, path: Path, workers: int, threads: int) -> 
             env={**os.environ, "PEER": peer.name, "TOKENS_DATABASE": str(path)},
             stdout=log,
             stderr=subprocess.STDOUT,
+            start_new_session=True,  # by which its workers are found
         )
         try:
             deadline = time.monotonic() + _START_TIMEOUT
@@ -120,7 +125,7 @@ def _served(server: str, peer: Peer, path: Path, workers: int, threads: int) -> 
                     log.seek(0)
                     raise SystemExit(f"{server} did not start with {peer.name}:\n{log.read().decode()}")
                 time.sleep(0.05)
-            yield port
+            yield process.pid, port
         finally:
             process.terminate()
             try:
@@ -138,11 +143,25 @@ def _accepts(port: int) -> bool:
     return True
 
 
-def _ask(port: int, connections: int, script: Path, keys: Path) -> Load:
+def _ask(process_id: int, port: int, connections: int, script: Path, keys: Path) -> Load:
     options = ["--threads", "1", "--connections", str(connections), "--duration", f"{_SECONDS}s", "--timeout", "30s"]
     command = ["wrk", *options, "--script", script, f"http://127.0.0.1:{port}", "--", keys]
+    processor_time = _processor_time(process_id)
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    told = {name: values for name, *values in map(str.split, output.splitlines()) if name in _TOLD}
+    processor_time = _processor_time(process_id) - processor_time
+    told = {name: values for name, *values in map(str.split, filter(None, output.splitlines()))}
     if told["errors"] != ["0"]:
         raise SystemExit(f"not all requests to port {port} were answered: {output}")
-    return Load(float(told["per_second"][0]), [float(latency) / 1e6 for latency in told["latencies"]])
+    latencies = [float(latency) / 1e6 for latency in told["latencies"]]
+    return Load(float(told["per_second"][0]), latencies, processor_time / float(told["requests"][0]))
+
+
+def _processor_time(session: int) -> float:
+    """The seconds that the processes of a session have run, where the system tells it (proc_pid_stat(5))."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            fields = stat.read_text().rpartition(") ")[2].split()
+            if int(fields[3]) == session:
+                ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
