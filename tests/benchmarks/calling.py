@@ -115,24 +115,42 @@ def asgi_usage_request(name: str, app: Any, run: Any, make_key: Callable[[], str
     """A usage request that an ASGI application answers. One task awaits all of a turn: the loop's start is no cost."""
 
     def make_scope() -> dict[str, Any]:
-        return _SCOPE | {"headers": [(b"authorization", f"Bearer sk-{make_key()}".encode()), *_HEADERS]}
-
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": b"", "more_body": False}
+        return _scope(make_key())
 
     async def send(message: dict[str, Any]) -> None:
         pass
 
     async def serve(scopes: list[dict[str, Any]]) -> None:
         for scope in scopes:
-            await app(scope, receive, send)
+            await app(scope, _receive, send)
 
     return Contender(name, "run(serve(items))", make_scope, each=False, run=run, serve=serve, **settings)
 
 
-def check_same_answers(answer: Callable[[str], str], *apps: Any) -> None:
+def check_same_answer(answer: Callable[[str], str], app: Any, run: Callable[[Any], Any] | None = None) -> None:
+    """Ends the measurement where an application answers anything else than what it is compared with.
+
+    :param run: what runs a coroutine to its end, if it is an ASGI application.
+    """
     expected = json.loads(answer(key(0)))
-    for app in apps:
-        told = json.loads(answer_of(app, usage_environ(key(0))))
-        if told != expected:
-            raise SystemExit(f"{app!r} answers {told!r} where {expected!r} was expected: nothing to compare")
+    told = json.loads(answer_of(app, usage_environ(key(0))) if run is None else run(_asgi_answer_of(app)))
+    if told != expected:
+        raise SystemExit(f"{app!r} answers {told!r} where {expected!r} was expected: nothing to compare")
+
+
+async def _asgi_answer_of(app: Any) -> bytes:
+    parts = []
+
+    async def send(message: dict[str, Any]) -> None:
+        parts.append(message.get("body", b""))
+
+    await app(_scope(key(0)), _receive, send)
+    return b"".join(parts)
+
+
+async def _receive() -> dict[str, Any]:
+    return {"type": "http.request", "body": b"", "more_body": False}
+
+
+def _scope(key: str) -> dict[str, Any]:
+    return _SCOPE | {"headers": [(b"authorization", f"Bearer sk-{key}".encode()), *_HEADERS]}

@@ -16,7 +16,7 @@ from calling import (
     USAGE_PATH,
     asgi_usage_request,
     by_hand,
-    check_same_answers,
+    check_same_answer,
     environ,
     start_response,
     usage_request,
@@ -92,7 +92,7 @@ def _usage(options: Options) -> Iterator[Result]:
     with filled_database(options.tokens) as path, ExitStack() as stack:
         answer = hand_written(stack.enter_context(closing(sqlite3.connect(path, isolation_level=None))))
         ours = stack.enter_context(OURS.make(path))
-        check_same_answers(answer, ours)
+        check_same_answer(answer, ours)
         yield compare(
             "A usage request, against the same by hand",
             by_hand(answer, make_key),
@@ -103,7 +103,7 @@ def _usage(options: Options) -> Iterator[Result]:
         yield from lines
         for peer in flask_views:
             view = stack.enter_context(peer.make(path))
-            check_same_answers(answer, view)
+            check_same_answer(answer, view)
             told = "gives the same answer, headers included" if peer is FLASK else "leaves out all that it can"
             yield compare(
                 f"A usage request, against a Flask view that {told}",
@@ -124,10 +124,10 @@ def _frameworks(path: Path, answer: Callable[[str], str], make_key: Callable[[],
             app = stack.enter_context(peer.make(path))
             # FastAPI answers in another thread, whose time counts as well.
             settings = {"clock": time.process_time, "calls": peer.calls}
+            check_same_answer(answer, app, run if peer.is_asgi else None)
             if peer.is_asgi:
                 contenders.append(asgi_usage_request(peer.name, app, run, make_key, **settings))
             else:
-                check_same_answers(answer, app)
                 contenders.append(usage_request(peer.name, app, make_key, **settings))
         yield compare(
             "A usage request, as frameworks answer it: processor time of all threads, ASGI called plainly by asyncio",

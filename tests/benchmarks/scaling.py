@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from calling import answer_of, by_hand, check_same_answers, usage_environ, usage_request
+from calling import answer_of, by_hand, check_same_answer, usage_environ, usage_request
 from comparing import PERCENTILES, Chart, Contender, Result, Row, Table, in_turn, measure, table_of
 from peers import BARE_WSGI, FLASK, FLASK_SQLALCHEMY, OURS, hand_written, present
 from tokens_database import filled_database, key, random_keys
@@ -44,7 +44,7 @@ def by_number_of_tokens(most: int, rounds: int) -> Iterator[Result]:
             contenders[_BY_HAND, count] = by_hand(answer, make_key)
             for peer in peers:
                 app = stack.enter_context(peer.make(path))
-                check_same_answers(answer, app)
+                check_same_answer(answer, app)
                 contenders[peer.name, count] = usage_request(peer.name, app, make_key, calls=peer.calls)
         costs = measure(list(contenders.values()), rounds=rounds)
         names = [_BY_HAND, *(peer.name for peer in peers)]
