@@ -99,7 +99,7 @@ def _command(server: str, peer: Peer, port: int, workers: int, threads: int) -> 
         interface = "asgi" if peer.is_asgi else "wsgi"
         options = ["--interface", interface, "--host", "127.0.0.1", "--port", str(port), "--factory", "--no-ws"]
         return [server, *options, "--workers", str(workers), "--log-level", "warning", "peers:application"]
-    options = ["--worker-class", "gthread", "--workers", str(workers), "--threads", str(threads)]
+    options = ["--no-control-socket", "--worker-class", "gthread", "--workers", str(workers), "--threads", str(threads)]
     return [server, *options, "--bind", f"127.0.0.1:{port}", "--log-level", "warning", "peers:application()"]
 
 
