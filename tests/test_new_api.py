@@ -780,6 +780,30 @@ def test_a_writer_that_comes_while_it_is_read(sqlite_gateway, monkeypatch, write
         assert store.get(KEY).total_used == 1
 
 
+def test_a_file_that_shrinks_while_it_is_read(sqlite_gateway, monkeypatch):
+    path = sqlite_gateway.engine.url.database
+    sqlite_gateway.add(*({"user_id": 1, "key": f"key-{number}", "name": "x" * 500} for number in range(500)))
+    use_wal(path)
+    connect = sqlite_reading.connect
+
+    def connect_before_a_write(path):
+        monkeypatch.setattr(sqlite_reading, "connect", connect)
+        reader = connect(path)
+        reader.execute("SELECT id FROM tokens WHERE key = ?", (KEY,)).fetchall()
+        with contextlib.closing(sqlite3.connect(path)) as writer:
+            writer.execute("DELETE FROM tokens WHERE id > 1 AND id <= 400")
+            writer.commit()
+            writer.execute("VACUUM")
+        with pytest.raises(sqlite3.DatabaseError):
+            reader.execute("SELECT * FROM tokens").fetchall()
+        return reader
+
+    with NewAPITokenStore(path) as store:
+        assert store.count() == 501
+        monkeypatch.setattr(sqlite_reading, "connect", connect_before_a_write)
+        assert len(list(store.records())) == 101
+
+
 def test_a_writer_that_was_killed_with_a_journal(sqlite_gateway):
     path = sqlite_gateway.engine.url.database
     with NewAPITokenStore(path) as store:
