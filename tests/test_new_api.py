@@ -789,7 +789,7 @@ def test_a_file_that_shrinks_while_it_is_read(sqlite_gateway, monkeypatch):
     def connect_before_a_write(path):
         monkeypatch.setattr(sqlite_reading, "connect", connect)
         reader = connect(path)
-        reader.execute("SELECT id FROM tokens WHERE key = ?", (KEY,)).fetchall()
+        reader.execute("SELECT name FROM tokens WHERE id = 1").fetchall()  # it keeps where the other pages are
         with contextlib.closing(sqlite3.connect(path)) as writer:
             writer.execute("DELETE FROM tokens WHERE id > 1 AND id <= 400")
             writer.commit()
@@ -801,7 +801,7 @@ def test_a_file_that_shrinks_while_it_is_read(sqlite_gateway, monkeypatch):
     with NewAPITokenStore(path) as store:
         assert store.count() == 501
         monkeypatch.setattr(sqlite_reading, "connect", connect_before_a_write)
-        assert len(list(store.records())) == 101
+        assert len(list(store.records())) == 102
 
 
 def test_a_writer_that_was_killed_with_a_journal(sqlite_gateway):
