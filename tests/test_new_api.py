@@ -762,12 +762,14 @@ def test_a_writer_that_comes_while_it_is_read(sqlite_gateway, monkeypatch, write
     path = sqlite_gateway.engine.url.database
     use_wal(path)
     connect = sqlite_reading.connect
+    unfinished = []
     with contextlib.ExitStack() as stack, NewAPITokenStore(path) as store:
 
         def connect_before_a_write(path):
             monkeypatch.setattr(sqlite_reading, "connect", connect)
             reader = connect(path)
-            assert reader.execute("SELECT used_quota FROM tokens").fetchall() == [(12345,)]  # it keeps the pages
+            unfinished.append(reader.execute("SELECT used_quota FROM tokens"))  # it keeps the pages
+            assert unfinished[0].fetchone() == (12345,)
             writer = stack.enter_context(contextlib.closing(sqlite3.connect(path)))
             writer.execute("UPDATE tokens SET used_quota = 1")
             writer.commit()

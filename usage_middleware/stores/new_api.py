@@ -199,9 +199,15 @@ class _SQLiteFile(Database):
     def _look(self, work: Callable[[Connection], _Result]) -> _Result:
         while True:
             with self._reading.connect() as connection:
-                result = work(connection)
                 reader = connection.connection.driver_connection
                 assert isinstance(reader, Reader)
+                try:
+                    result = work(connection)
+                except SQLAlchemyError:
+                    # Half of it as it was and half as it is now may look like a damaged file.
+                    if reader.is_true():
+                        raise
+                    continue
                 if reader.is_true():
                     return result
 

@@ -125,16 +125,19 @@ def columns(path: str, table: str) -> set[str]:
 
     :raises StoreError: the file cannot be opened.
     """
-    try:
-        while True:
+    while True:
+        try:
             reader = connect(path)
-            try:
-                rows = reader.execute("SELECT name FROM pragma_table_info(?)", (table,)).fetchall()
-                if reader.is_true():
-                    return {name for (name,) in rows}
-            finally:
-                reader.close()
-    except sqlite3.Error as error:
-        if "not a database" in str(error):
-            return set()
-        raise StoreError(f"{path} failed: {error}") from error
+        except sqlite3.Error as error:
+            raise StoreError(f"{path} failed: {error}") from error
+        try:
+            rows = reader.execute("SELECT name FROM pragma_table_info(?)", (table,)).fetchall()
+            if reader.is_true():
+                return {name for (name,) in rows}
+        except sqlite3.Error as error:
+            if "not a database" in str(error):
+                return set()
+            if reader.is_true():
+                raise StoreError(f"{path} failed: {error}") from error
+        finally:
+            reader.close()
