@@ -45,6 +45,7 @@ _COUNT = click.IntRange(min=1)
 )
 @click.option("--writers", default=64, type=_COUNT, help="How many processes charge at once.")
 @click.option("--charges", default=50, type=_COUNT, help="How often each of them does.")
+@click.option("--import-tokens", default=100_000, type=_COUNT, help="How many the part 'import' imports.")
 @click.option(
     "--plots",
     "plots_directory",
