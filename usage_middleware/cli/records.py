@@ -8,28 +8,14 @@ from __future__ import annotations
 
 import csv
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
-from ..operations import MAX_INTEGER
 from ..stores.base import check_record
-from ..tokens import Token, TokenRecord, check_key, key_digest, key_hint
-from . import formats
-
-#: The characters of a line that are read. Longer ones are bad: a CSV row of as many fields as there are, each as large
-#: as the csv module takes them (131,072 characters, all of them doubled quotes), is shorter.
-LINE_LIMIT: Final = 4 * 1024 * 1024
-
-_INTEGER: Final = re.compile(r"-?[0-9]{1,19}")
-_DIGEST: Final = re.compile(r"[0-9A-Fa-f]{64}")
-_BOOLEANS: Final = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+from ..tokens import Token, TokenRecord, key_digest, key_hint
+from .fields import FROM_JSON, FROM_TEXT, BadRow, Parse, loads
 
 _encode_json: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
-
-class BadRow(ValueError):
-    """A row that is no token. The message says why, and holds no value of the row."""
 
 
 class UnreadableSource(Exception):
@@ -49,7 +35,7 @@ def read_csv(lines: Iterable[str], now: float) -> Iterator[tuple[int, TokenRecor
         header = next(rows, [])
     except csv.Error as error:
         raise UnreadableSource(f"the first line is no CSV: {error}") from None
-    columns = [(name, _FROM_TEXT[name]) for name in _checked_header(header)]
+    columns = [(name, FROM_TEXT[name]) for name in _checked_header(header)]
     while True:
         line = rows.line_num + 1
         try:
@@ -79,7 +65,7 @@ def read_json_lines(lines: Iterable[str], now: float) -> Iterator[tuple[int, Tok
         if line.isspace():
             continue
         try:
-            yield number, _record_of_object(_loads("the line", line), now)
+            yield number, _record_of_object(loads("the line", line), now)
         except BadRow as error:
             yield number, error
 
@@ -144,21 +130,21 @@ class _Echo:
 
 
 def _checked_header(header: list[str]) -> list[str]:
-    known = f"known are {', '.join(_FROM_TEXT)}"
+    known = f"known are {', '.join(FROM_TEXT)}"
     if len(header) == 1 and (separator := next((c for c in ";\t|" if c in header[0]), None)):
         raise UnreadableSource(f"its columns are separated by {separator!r}; separate them by commas")
     # Before a column is named: the first line of a file without a header holds a key.
     if "key" not in header and "digest" not in header:
         raise UnreadableSource(f"its first line must name the columns, with key or digest among them; {known}")
     for name in header:
-        if name not in _FROM_TEXT:
+        if name not in FROM_TEXT:
             raise UnreadableSource(f"it has an unknown column {name[:40]!r}; {known}")
         if header.count(name) > 1:
             raise UnreadableSource(f"it has the column {name!r} twice")
     return header
 
 
-def _record_of_row(columns: list[tuple[str, _Parse]], row: list[str], now: float) -> TokenRecord:
+def _record_of_row(columns: list[tuple[str, Parse]], row: list[str], now: float) -> TokenRecord:
     if len(row) != len(columns):
         raise BadRow(f"has {len(row)} fields where the header has {len(columns)}")
     fields = {}
@@ -176,9 +162,9 @@ def _record_of_object(decoded: Any, now: float) -> TokenRecord:
         raise BadRow("needs a key or a digest")
     fields = {}
     for name, value in decoded.items():
-        parse = _FROM_JSON.get(name)
+        parse = FROM_JSON.get(name)
         if parse is None:
-            raise BadRow(f"has an unknown field {name[:40]!r}; known are {', '.join(_FROM_JSON)}")
+            raise BadRow(f"has an unknown field {name[:40]!r}; known are {', '.join(FROM_JSON)}")
         if value is not None:
             fields[name] = parse(name, value, now)
     return _record(fields)
@@ -209,153 +195,3 @@ def _record(fields: dict[str, Any]) -> TokenRecord:
         return check_record(TokenRecord(token=Token(**fields), digest=digest, model_usage=usage))
     except ValueError as error:
         raise BadRow(reason(error)) from None
-
-
-# --- One field, from a text of CSV or from a value of JSON.
-
-_Parse = Callable[[str, Any, float], Any]
-
-
-def _key(name: str, value: Any, now: float) -> str:
-    try:
-        return check_key(value)
-    except (TypeError, ValueError) as error:
-        raise BadRow(str(error)) from None
-
-
-def _digest(name: str, value: Any, now: float) -> bytes:
-    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
-        raise BadRow("digest must be the SHA-256 of a key without sk-, as 64 hexadecimal digits")
-    return bytes.fromhex(value)
-
-
-def _text(name: str, value: Any, now: float) -> str:
-    if not isinstance(value, str):
-        raise BadRow(f"{name} must be a text")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # bytes that were none, or half a surrogate pair of JSON
-            raise BadRow(f"{name} is not UTF-8 text") from None
-    return value
-
-
-def _integer_of_text(name: str, text: str, now: float) -> int:
-    if not _INTEGER.fullmatch(text):
-        raise BadRow(f"{name} must be a whole number, of digits alone")
-    return int(text)
-
-
-def _integer(name: str, value: Any, now: float) -> int:
-    if type(value) is not int:
-        raise BadRow(f"{name} must be a whole number")
-    return value
-
-
-def _boolean_of_text(name: str, text: str, now: float) -> bool:
-    value = _BOOLEANS.get(text.lower())
-    if value is None:
-        raise BadRow(f"{name} must be true or false")
-    return value
-
-
-def _boolean(name: str, value: Any, now: float) -> bool:
-    if type(value) is not bool:
-        raise BadRow(f"{name} must be true or false")
-    return value
-
-
-def _time_of_text(name: str, text: str, now: float) -> int:
-    # A number as it stands, however small or large it is: an export is read back as it was.
-    if _INTEGER.fullmatch(text):
-        return int(text)
-    try:
-        return formats.parse_expiry(text, now)
-    except ValueError:
-        raise BadRow(f"{name} must be Unix seconds, 2030-01-01, '2030-01-01 18:30' (UTC), 30d, or never") from None
-
-
-def _time(name: str, value: Any, now: float) -> int:
-    return _time_of_text(name, value, now) if isinstance(value, str) else _integer(name, value, now)
-
-
-def _limits_of_text(name: str, text: str, now: float) -> Mapping[str, int | bool]:
-    if text.lstrip().startswith("{"):
-        return _limits(name, _loads(name, text), now)
-    return _limits(name, {model.strip(): True for model in text.split(",")}, now)
-
-
-def _limits(name: str, value: Any, now: float) -> Mapping[str, int | bool]:
-    for limit in _models(name, value).values():
-        if limit is not True and (type(limit) is not int or not 0 <= limit <= MAX_INTEGER):
-            raise BadRow(f"{name} must have 0 to 2**63 - 1 quota units, or true, for each model")
-    return value  # type: ignore[no-any-return]
-
-
-def _usage_of_text(name: str, text: str, now: float) -> Mapping[str, int]:
-    return _usage(name, _loads(name, text), now)
-
-
-def _usage(name: str, value: Any, now: float) -> Mapping[str, int]:
-    for used in _models(name, value).values():
-        if type(used) is not int or not 0 <= used <= MAX_INTEGER:
-            raise BadRow(f"{name} must have 0 to 2**63 - 1 quota units for each model")
-    return value  # type: ignore[no-any-return]
-
-
-def _models(name: str, value: Any) -> Mapping[str, Any]:
-    if type(value) is not dict:
-        raise BadRow(f"{name} must be a JSON object of models")
-    for model in value:
-        if not model or "\0" in _text(name, model, 0.0):
-            raise BadRow(f"{name} must have models that are names")
-    return value
-
-
-def _ignored(name: str, value: Any, now: float) -> None:
-    return None
-
-
-def _loads(what: str, text: str) -> Any:
-    if len(text) >= LINE_LIMIT:
-        raise BadRow(f"{what} is too long")
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BadRow(f"{what} is no JSON: {error.msg}, at character {error.pos + 1}") from None
-    except RecursionError:
-        raise BadRow(f"{what} is no JSON of a token: it is nested too deeply") from None
-    except ValueError:
-        raise BadRow(f"{what} is no JSON of a token: it has a number with too many digits") from None
-
-
-_FROM_TEXT: Final[Mapping[str, _Parse]] = {
-    "key": _key,
-    "digest": _digest,
-    "name": _text,
-    "total_available": _integer_of_text,
-    "total_used": _integer_of_text,
-    "total_granted": _integer_of_text,
-    "unlimited_quota": _boolean_of_text,
-    "model_limits": _limits_of_text,
-    "model_limits_enabled": _boolean_of_text,
-    "expires_at": _time_of_text,
-    "enabled": _boolean_of_text,
-    "created_at": _time_of_text,
-    "hint": _text,
-    "model_usage": _usage_of_text,
-    "id": _ignored,
-}
-_FROM_JSON: Final[Mapping[str, _Parse]] = {
-    **_FROM_TEXT,
-    "total_available": _integer,
-    "total_used": _integer,
-    "total_granted": _integer,
-    "unlimited_quota": _boolean,
-    "model_limits": _limits,
-    "model_limits_enabled": _boolean,
-    "expires_at": _time,
-    "enabled": _boolean,
-    "created_at": _time,
-    "model_usage": _usage,
-}

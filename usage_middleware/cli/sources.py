@@ -18,7 +18,8 @@ from ..stores import opening
 from ..stores.base import check_record
 from ..stores.sqlite import SQLiteTokenStore
 from ..tokens import TokenRecord
-from .records import LINE_LIMIT, BadRow, UnreadableSource, read_csv, read_json_lines, reason
+from .fields import LINE_LIMIT, BadRow
+from .records import UnreadableSource, read_csv, read_json_lines, reason
 
 if TYPE_CHECKING:
     from ..stores.new_api import NewAPITokenStore

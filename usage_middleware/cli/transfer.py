@@ -19,7 +19,8 @@ from ..stores.base import QuotaStore
 from ..stores.sqlite import SQLiteTokenStore
 from ..tokens import TokenRecord
 from .common import database_option, open_store
-from .records import BadRow, UnreadableSource, write_csv, write_json_lines
+from .fields import BadRow
+from .records import UnreadableSource, write_csv, write_json_lines
 from .sources import FORMATS, Source, format_of, open_source
 
 # Rows in a transaction. With a thousand, a large database would write each page of its index several times as often;
