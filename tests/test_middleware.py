@@ -179,6 +179,12 @@ def test_an_impossible_argument_is_named(arguments, error):
         UsageMiddleware(given.pop("app"), given.pop("store"), **given)
 
 
+@pytest.mark.parametrize("arguments", [("module:app", {}), (not_found, "tokens.db")])
+def test_what_is_given_for_an_application_or_a_store_is_told(arguments):
+    with pytest.raises(TypeError, match=r"got str$"):
+        UsageMiddleware(*arguments)
+
+
 @pytest.mark.parametrize(
     "origins",
     [
