@@ -586,7 +586,7 @@ class LedgerContract:
                 account.store.grant(token_id, 1)
 
     def test_totals_stop_at_the_largest_64_bit_integer(self, store: QuotaStore) -> None:
-        account = Account(store, total_available=MAX_INTEGER)
+        account = Account(store, total_available=2**63 - 1)
         with pytest.raises(ValueError, match="2\\*\\*63 - 1"):
             store.grant(account.id, 1)
         account.charge(MAX_INTEGER, operation_id="all", model="gpt-4o")
@@ -628,7 +628,11 @@ class LedgerContract:
         assert (refund.model, refund.created_at, refund.changed_at) == ("gpt-4o", _NOW + 2, _NOW + 2)
         assert (grant.kind, grant.amount, grant.final_amount) == ("grant", -5, -5)
         assert (grant.created_at, grant.changed_at) == (_NOW + 4, _NOW + 4)
-        assert {operation.token_id for operation in (grant, refund, reserve, charge)} == {account.id}
+        for operation in (grant, refund, reserve, charge):
+            assert operation.token_id == account.id
+            assert operation.unlimited is False
+            with pytest.raises(AttributeError):
+                operation.held = 1  # type: ignore[misc]
 
     def test_a_long_history_is_read_page_by_page(self, account: Account) -> None:
         Account(account.store).charge(0)
