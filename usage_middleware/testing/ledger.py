@@ -770,7 +770,8 @@ class LedgerContract:
 
         def work(transaction: Transaction) -> None:
             token, operation = find_operation(transaction, "reserve")
-            transaction.save(dataclasses.replace(token, name="Changed"))
+            for name in ("Changed", "Changed once more"):
+                transaction.save(dataclasses.replace(token, name=name))
             transaction.save_operation(dataclasses.replace(operation, held=0))
             transaction.insert_operation(Operation(id="made", token_id=account.id, kind="charge", amount=1))
             transaction.add_model_used(account.id, "gpt-4o", 1)
