@@ -19,7 +19,7 @@ from ..errors import (
     TokenExpired,
     TokenNotFound,
 )
-from ..operations import MAX_INTEGER, Operation
+from ..operations import MAX_INTEGER
 from ..stores import ledger
 from ..stores.base import QuotaStore
 from ..stores.transaction import Transaction, find_operation, find_token
@@ -773,7 +773,7 @@ class LedgerContract:
             for name in ("Changed", "Changed once more"):
                 transaction.save(dataclasses.replace(token, name=name))
             transaction.save_operation(dataclasses.replace(operation, held=0))
-            transaction.insert_operation(Operation(id="made", token_id=account.id, kind="charge", amount=1))
+            transaction.insert_operation(dataclasses.replace(operation, id="made"))
             transaction.add_model_used(account.id, "gpt-4o", 1)
             transaction.add_model_used(account.id, "gpt-4", 1)
             assert transaction.insert([new]) != [None]
