@@ -688,9 +688,11 @@ class LedgerContract:
     ) -> None:
         monkeypatch.setattr(ledger, "_PAGE_SIZE", 2)
         accounts = [Account(store) for _ in range(5)]
+        for _ in range(2):
+            for account in accounts:
+                account.reserve(1, expires_in=1)
         for account in accounts:
             account.charge(1)
-            account.reserve(1, expires_in=1)
         clock(10)
 
         def left() -> tuple[int, int]:
@@ -705,13 +707,14 @@ class LedgerContract:
             return result
 
         monkeypatch.setattr(store, "_transact", observe)
-        assert steps[0] == (5, 10)
-        assert store.prune(_NOW + 5) == 10
+        assert steps[0] == (10, 15)
+        assert store.prune(_NOW + 5) == 15
         assert steps[-1] == (0, 0)
-        # One that charges waits for a page of them, and not for all.
+        # One that charges waits for a page of operations, and for what their tokens hold, not for all.
         for (held, kept), (still_held, still_kept) in pairwise(steps):
-            assert held - still_held <= 2
+            assert held - still_held <= 2 * 2
             assert kept - still_kept <= 2
+        assert [account.totals for account in accounts] == [(1, 999)] * 5
 
     def test_prune_takes_what_lapsed_until_then(self, account: Account, clock: Callable[[float], None]) -> None:
         account.reserve(5, expires_in=10)
