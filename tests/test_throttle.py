@@ -229,6 +229,11 @@ def test_without_a_limit_nobody_is_throttled():
     assert statuses(app, 1000) == [401] * 1000
 
 
+def test_failures_are_counted_in_the_process_where_nothing_else_is_said():
+    app = UsageMiddleware(not_found, {}, failure_limit="3 per hour")
+    assert statuses(app, 5) == [401, 401, 401, 429, 429]
+
+
 # --- Against whom
 
 

@@ -79,6 +79,7 @@ class Units(enum.IntEnum):
         pytest.param("hint", "\udcff", ValueError, id="hint that UTF-8 cannot carry"),
         pytest.param("model_limits", {"\ud800": 1}, ValueError, id="model that UTF-8 cannot carry"),
         pytest.param("model_limits", {"a": -1}, ValueError, id="model limit below zero"),
+        pytest.param("model_limits", {"a": True, "b": -1}, ValueError, id="not the first model limit"),
     ],
 )
 def test_a_wrong_field_is_named(field, value, error):
@@ -87,6 +88,19 @@ def test_a_wrong_field_is_named(field, value, error):
     # What is made of a good token is checked as well.
     with pytest.raises(error, match=rf"^Token\.{field}\b"):
         dataclasses.replace(Token(), **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "unit"),
+    [
+        pytest.param("total_used", "", id="quota units"),
+        pytest.param("expires_at", r" of Unix seconds \(0: never\)", id="a time, or never"),
+        pytest.param("created_at", " of Unix seconds", id="a time"),
+    ],
+)
+def test_the_unit_of_a_wrong_field_is_told(field, unit):
+    with pytest.raises(TypeError, match=f" an int{unit}, got '2030-01-01'$"):
+        Token(**{field: "2030-01-01"})
 
 
 @pytest.mark.parametrize(
@@ -318,7 +332,7 @@ def test_a_key_that_a_client_can_send_is_taken(key):
     ],
 )
 def test_another_is_refused_without_being_shown(key, error):
-    with pytest.raises(error, match="key") as caught:
+    with pytest.raises(error, match="key" if isinstance(key, str) else f"key .* {type(key).__name__}$") as caught:
         check_key(key)
     assert "canary" not in str(caught.value)
     assert caught.value.__cause__ is caught.value.__context__ is None
