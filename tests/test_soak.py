@@ -27,7 +27,7 @@ import pytest
 from client import PATH, call, environ
 from test_hammer import SPAWN
 from test_servers import GUNICORN, check_log, started
-from traffic import CONNECTIONS, Request, Seen, ask_all, mix, operate, percentile, share_stop, usage
+from traffic import CONNECTIONS, START_WITHIN, Request, Seen, ask_all, mix, operate, percentile, start, usage
 
 from usage_middleware import SQLiteTokenStore, StoreError, UsageMiddleware
 from usage_middleware.tokens import strip_prefix
@@ -238,22 +238,22 @@ def run_soak(store_class, folder, requests, rounds):
 
 
 def check_that_nothing_is_left(samples):
-    """The second half of the rounds is held against the first, which warms everything up."""
-    half, last = samples[len(samples) // 2], samples[-1]
-    rounds = len(samples) - 1 - len(samples) // 2
-    # Each kind of request, each kind of failure and the threads come more often than that.
-    assert last.blocks - half.blocks < rounds * FAILURES
-    # Memory that Python does not know of. If one of a dozen kinds of requests left 16 bytes, the smallest piece that
-    # malloc gives, that would be more than a byte for each request of all. Of few requests nobody would see it: they
-    # are the less often under way at once, and each connection that was open at once with others has its memory.
-    if (requests := last.requests - half.requests) >= 1_000_000:
-        assert last.held.rss - half.held.rss < requests
     for sample in samples:
         assert sample.connections <= THREADS
-        # SQLite keeps the descriptors of connections that are closed for new ones (sqlite.org/src/file/src/os_unix.c,
-        # "Posix advisory locking"), so these are as many as there were connections at once.
+        # SQLite keeps the descriptors of closed connections for new ones, as long as the process has any open
+        # ("Posix Advisory Locking" in its os_unix.c). So these are as many as there were connections at once.
         assert sample.held.database <= descriptors(THREADS + 2)
         assert (sample.held.sockets, sample.held.others) == (samples[0].held.sockets, samples[0].held.others)
+    # The first half of the rounds warms up.
+    half, last = samples[len(samples) // 2], samples[-1]
+    rounds = len(samples) - 1 - len(samples) // 2
+    # Each kind of request, each kind of failure and the threads come more often than that in a round.
+    assert last.blocks - half.blocks < rounds * FAILURES
+    # Memory that Python does not know of. If one of a dozen kinds of requests left 16 bytes, the smallest piece that
+    # malloc gives, that would be more than a byte for each request of all. Of few requests nobody would see it: what
+    # the most connections at once have taken is more.
+    if (requests := last.requests - half.requests) >= 1_000_000:
+        assert last.held.rss - half.held.rss < requests
 
 
 def soaked(store_class, folder, *, requests, rounds):
@@ -274,10 +274,17 @@ def test_one_process(tmp_path, full, record_property):
     check_that_nothing_is_left(samples)
 
 
-@pytest.mark.parametrize("mutant", [KeepsKeys, KeepsConnections, KeepsFailures])
-def test_a_store_that_keeps_something_would_be_found_out(mutant, tmp_path):
+@pytest.mark.parametrize(
+    ("mutant", "found_by"),
+    [
+        pytest.param(KeepsKeys, "blocks", id="keys"),
+        pytest.param(KeepsConnections, "connections", id="connections"),
+        pytest.param(KeepsFailures, "connections", id="failures, with their connections"),
+    ],
+)
+def test_a_store_that_keeps_something_would_be_found_out(mutant, found_by, tmp_path):
     samples = soaked(mutant, tmp_path, requests=7680, rounds=4)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=rf"\)\.{found_by}$"):
         check_that_nothing_is_left(samples)
 
 
@@ -373,11 +380,14 @@ def test_the_workers_of_gunicorn(tmp_path, full, record_property):
             servers[name] = stack.enter_context(started([*command, "served:app"], database, logs[name]))
         disturbance = Disturbance(servers, database)
         ports = [port for _, port in servers.values()]
-        stop = SPAWN.Event()
-        with ProcessPoolExecutor(CLIENTS + 1, mp_context=SPAWN, initializer=share_stop, initargs=(stop,)) as pool:
+        stop, all_are_there = SPAWN.Event(), SPAWN.Barrier(CLIENTS + 2)
+        with ProcessPoolExecutor(
+            CLIENTS + 1, mp_context=SPAWN, initializer=start, initargs=(stop, all_are_there)
+        ) as pool:
             clients = [pool.submit(ask_all, ports, keys, disabled, seed) for seed in range(CLIENTS)]
             operator = pool.submit(operate, database, ports, "operator")
             try:
+                all_are_there.wait(START_WITHIN)
                 disturbance.go_on(seconds, interval, [*clients, operator])
             finally:
                 stop.set()
@@ -410,8 +420,6 @@ def test_the_workers_of_gunicorn(tmp_path, full, record_property):
             report(f"{name}: what it held, {moment}", looks[index])
         report(f"{name}: the most it held", Held(*map(max, zip(*looks, strict=True))))
 
-    for log in logs.values():
-        check_log(log)
     for name, (_, port) in servers.items():
         # A process takes with it no more than the connections that there are to it.
         ends = sum(1 for of, _ in seen.answers if of == port) + disturbance.kills[name]
@@ -419,7 +427,8 @@ def test_the_workers_of_gunicorn(tmp_path, full, record_property):
     for name, looks in disturbance.looks.items():
         assert all(look.database <= descriptors(STAYING[name]) for look in looks)
         assert all(look.sockets <= 1 + 2 * CONNECTIONS_OF_SERVER for look in looks)
-        assert len({look.others for look in looks}) == 1
+        # Now and then a module is loaded, from a file.
+        assert looks[-1].others == min(look.others for look in looks)
         half, last = looks[len(looks) // 2], looks[-1]
         answers = seen.answers[servers[name][1], disturbance.elders[name]] // 2
         if answers >= 20_000:  # of few, nobody would see it
@@ -428,6 +437,8 @@ def test_the_workers_of_gunicorn(tmp_path, full, record_property):
             opened = (last.database - half.database) // 2
             assert last.rss - half.rss < 16 * answers + opened * 2 * MEGABYTE
     check_books(database, keys, seen.charged, books)
+    for log in logs.values():
+        check_log(log)
 
 
 def check_books(database, keys, charged, books):
@@ -440,5 +451,5 @@ def check_books(database, keys, charged, books):
         tokens = [token for token in store.tokens() if token.enabled]
         assert {token.id: (token.total_available, token.total_used) for token in tokens} == totals
         for token in tokens:
-            held = sum(operation.held for operation in store.history(token.id))
-            assert held + books.archive[token.id] == token.total_used
+            units = sum(operation.held for operation in store.history(token.id))
+            assert units + books.archive[token.id] == token.total_used
