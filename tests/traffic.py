@@ -106,6 +106,7 @@ class Link:
             return None
 
     def close(self):
+        """The next request opens it anew."""
         self._connection.close()
 
 
@@ -130,6 +131,7 @@ class Seen:
 CONNECTIONS = 2  # of each client to each server
 INTERVAL = 1 / 15  # seconds from one request of a connection to its next
 REQUESTS_PER_CHARGE = 20
+REQUESTS_PER_CONNECTION = 50  # or all would stay with the worker that stays
 
 
 def ask_all(ports, keys, disabled, seed):
@@ -157,6 +159,8 @@ def ask_all(ports, keys, disabled, seed):
                     own.answers[port, link.ask(charge, **{"X-Request-Id": f"{name}/{count}"})] += 1
                     own.statuses[charge.status] += 1
                     own.charged[key] += 1
+                if count % REQUESTS_PER_CONNECTION == 0:
+                    link.close()
             own.lost[port] += link.lost
         with one_at_a_time:
             seen.update(own)
