@@ -83,11 +83,26 @@ class Units(enum.IntEnum):
     ],
 )
 def test_a_wrong_field_is_named(field, value, error):
-    with pytest.raises(error, match=rf"^Token\.{field}\b"):
-        Token(**{field: value})
-    # What is made of a good token is checked as well.
-    with pytest.raises(error, match=rf"^Token\.{field}\b"):
-        dataclasses.replace(Token(), **{field: value})
+    # The token of a store has an id, and is checked in another way.
+    for good in ({}, {"id": 7}):
+        with pytest.raises(error, match=rf"^Token\.{field}\b"):
+            Token(**{**good, field: value})
+        # What is made of a good token is checked as well.
+        with pytest.raises(error, match=rf"^Token\.{field}\b"):
+            dataclasses.replace(Token(**good), **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "value"),
+    [
+        pytest.param(("total_available", "total_used", "expires_at", "created_at"), 1.0, id="numbers"),
+        pytest.param(("unlimited_quota", "model_limits_enabled", "enabled"), 1, id="flags"),
+        pytest.param(("name", "hint"), b"text", id="texts"),
+    ],
+)
+def test_fields_that_are_wrong_in_the_same_way_do_not_hide_each_other(fields, value):
+    with pytest.raises(TypeError, match=rf"^Token\.{fields[0]}\b"):
+        Token(id=7, **dict.fromkeys(fields, value))
 
 
 @pytest.mark.parametrize(

@@ -466,6 +466,9 @@ def test_the_log_says_what_a_store_returned(caplog):
 def test_the_log_shows_where_but_never_the_key(caplog):
     class Quotes:
         def get(self, key):
+            return self.find(key)
+
+        def find(self, key):
             try:
                 raise LookupError(f"no row for {key}")
             except LookupError as error:
@@ -474,8 +477,8 @@ def test_the_log_shows_where_but_never_the_key(caplog):
     ask(UsageMiddleware(not_found, Quotes()), authorization=BEARER)
     first, *places = caplog.records[0].getMessage().splitlines()
     assert first == "Quotes failed: StoreError"
-    assert all(re.fullmatch(r"  .+\.py:\d+ in [a-z_]+", place) for place in places)
-    assert re.search(r"\btest_wire\.py:\d+ in get$", places[-1])
+    assert re.fullmatch(r"  .+\btest_wire\.py:\d+ in get", places[-2])
+    assert re.fullmatch(r"  .+\btest_wire\.py:\d+ in find", places[-1])
     assert KEY not in caplog.text
 
 

@@ -139,7 +139,7 @@ class LedgerContract:
             make(account, 1)
         assert account.totals == (3, 997)
         store.delete(account.id)
-        with pytest.raises(TokenNotFound) as caught:
+        with pytest.raises(TokenNotFound, match=r"\bkey$") as caught:
             make(account, 1)
         assert account.key not in str(caught.value)
 
