@@ -77,7 +77,7 @@ class Report:
 # --- One process
 
 THREADS = 64
-FAILURES = 40  # more than a store keeps connections idle
+FAILURES = 100  # more than a store keeps connections
 NOT_A_DATABASE = b"not a database. " * 100
 
 
@@ -247,8 +247,9 @@ def check_that_nothing_is_left(samples):
     # The first half of the rounds warms up.
     half, last = samples[len(samples) // 2], samples[-1]
     rounds = len(samples) - 1 - len(samples) // 2
-    # Each kind of request, each kind of failure and the threads come more often than that in a round.
-    assert last.blocks - half.blocks < rounds * FAILURES
+    # So often or more, each kind of request, each kind of failure and a thread comes in a round. Python's free lists
+    # make for some hundred more or less, however many rounds there are.
+    assert last.blocks - half.blocks < rounds * THREADS
     # Memory that Python does not know of. If one of a dozen kinds of requests left 16 bytes, the smallest piece that
     # malloc gives, that would be more than a byte for each request of all. Of few requests nobody would see it: what
     # the most connections at once have taken is more.
@@ -262,7 +263,7 @@ def soaked(store_class, folder, *, requests, rounds):
 
 
 def test_one_process(tmp_path, full, record_property):
-    size = {"requests": 10_000_000, "rounds": 125} if full else {"requests": 11_520, "rounds": 6}
+    size = {"requests": 10_000_000, "rounds": 125} if full else {"requests": 15_360, "rounds": 8}
     samples = soaked(SQLiteTokenStore, tmp_path, **size)
     report = Report(record_property)
     half = len(samples) // 2
