@@ -95,7 +95,10 @@ def test_a_wrong_field_is_named(field, value, error):
 @pytest.mark.parametrize(
     ("fields", "value"),
     [
+        pytest.param(("total_available", "total_used"), 1.0, id="totals"),
+        pytest.param(("total_available", "total_used", "expires_at"), 1.0, id="totals and a time"),
         pytest.param(("total_available", "total_used", "expires_at", "created_at"), 1.0, id="numbers"),
+        pytest.param(("unlimited_quota", "model_limits_enabled"), 1, id="two flags"),
         pytest.param(("unlimited_quota", "model_limits_enabled", "enabled"), 1, id="flags"),
         pytest.param(("name", "hint"), b"text", id="texts"),
     ],
