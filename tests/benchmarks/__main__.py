@@ -28,9 +28,12 @@ _COUNT = click.IntRange(min=1)
 
 @click.command(context_settings={"show_default": True})
 @click.option("--only", multiple=True, type=click.Choice(list(PARTS)), help="Measure this part; can be repeated.")
-@click.option("--rounds", default=50, type=_COUNT, help="How often to compare what takes microseconds.")
+@click.option("--rounds", default=20, type=_COUNT, help="How often to compare what takes microseconds.")
 @click.option(
-    "--long-rounds", default=4, type=_COUNT, help="How often to compare frameworks, token counts, threads, HTTP."
+    "--long-rounds",
+    default=3,
+    type=_COUNT,
+    help="How often to compare frameworks, token counts, threads, HTTP, database servers.",
 )
 @click.option("--tokens", default=100_000, type=_COUNT, help="How many the database has.")
 @click.option(
@@ -45,6 +48,7 @@ _COUNT = click.IntRange(min=1)
 )
 @click.option("--writers", default=64, type=_COUNT, help="How many processes charge at once.")
 @click.option("--charges", default=50, type=_COUNT, help="How often each of them does.")
+@click.option("--import-tokens", default=100_000, type=_COUNT, help="How many the part 'import' imports.")
 @click.option(
     "--plots",
     "plots_directory",

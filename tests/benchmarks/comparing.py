@@ -19,6 +19,7 @@ from typing import Any, TypeAlias, TypeVar
 
 _CALLS = 100  # in a turn: few enough for their arguments to be in the processor's cache still, as a server's would be
 _TURNS = 20  # in a round
+_WARM_UP = 5  # turns
 
 
 class Contender:
@@ -131,8 +132,8 @@ def compare(
 
 def measure(contenders: Sequence[Contender], *, rounds: int) -> dict[Contender, list[float]]:
     """The seconds of a call of each, round by round."""
-    _round(contenders)  # to warm up
-    measured = [_round(contenders) for _ in range(rounds)]
+    _round(contenders, turns=_WARM_UP)
+    measured = [_round(contenders, turns=_TURNS) for _ in range(rounds)]
     return {contender: [seconds[contender] for seconds in measured] for contender in contenders}
 
 
@@ -153,12 +154,12 @@ def table_of(
     return Table(title, rows, unit)
 
 
-def _round(contenders: Sequence[Contender]) -> dict[Contender, float]:
-    turns: dict[Contender, list[float]] = {contender: [] for contender in contenders}
-    for number in range(_TURNS):
+def _round(contenders: Sequence[Contender], *, turns: int) -> dict[Contender, float]:
+    costs: dict[Contender, list[float]] = {contender: [] for contender in contenders}
+    for number in range(turns):
         for contender in in_turn(contenders, number):
-            turns[contender].append(contender.turn())
-    return {contender: median(seconds) for contender, seconds in turns.items()}
+            costs[contender].append(contender.turn())
+    return {contender: median(seconds) for contender, seconds in costs.items()}
 
 
 _Item = TypeVar("_Item")

@@ -23,6 +23,8 @@ from calling import (
 )
 from charging import durable_charge, slowest_charge
 from comparing import Contender, Result, compare
+from database_servers import store_on_servers
+from importing import import_of_a_file
 from peers import BARE_FLASK, DJANGO, FASTAPI, FASTAPI_ASYNC, FLASK, FLASK_SQLALCHEMY, OURS, hand_written, present
 from scaling import by_number_of_threads, by_number_of_tokens
 from serving import over_http
@@ -49,6 +51,7 @@ class Options:
     server: tuple[str, ...]
     writers: int
     charges: int
+    import_tokens: int
 
 
 def _pass_through(options: Options) -> Iterator[Result]:
@@ -169,6 +172,8 @@ PARTS: dict[str, tuple[Callable[[Options], Iterator[Result]], ...]] = {
         lambda options: durable_charge(options.rounds),
         lambda options: slowest_charge(options.writers, options.charges),
     ),
+    "servers": (lambda options: store_on_servers(options.tokens, options.long_rounds),),
+    "import": (lambda options: import_of_a_file(options.import_tokens),),
 }
 
 
