@@ -139,8 +139,9 @@ class Soak:
         logging.getLogger("usage_middleware").addHandler(logging.NullHandler())  # of the failures
         (folder / "broken.db").write_bytes(NOT_A_DATABASE)
         self.database = folder / "tokens.db"
-        self.store = store_class(self.database)
-        self.impatient = store_class(self.database, timeout=0)
+        # No power fails here, so it need not wait for the disk.
+        self.store = store_class(self.database, synchronous="OFF")
+        self.impatient = store_class(self.database, timeout=0, synchronous="OFF")
         self.app = UsageMiddleware(answer, self.store)
         self.broken_app = UsageMiddleware(answer, store_class(folder / "broken.db"))
         self.latencies = folder / "latencies"
