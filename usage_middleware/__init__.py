@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from .authorization import bearer_key as bearer_key
+from .errors import DamagedToken as DamagedToken
 from .errors import ModelNotAllowed as ModelNotAllowed
 from .errors import OperationConflict as OperationConflict
 from .errors import OperationNotFound as OperationNotFound
@@ -24,6 +25,7 @@ from .stores.sqlite import SQLiteTokenStore as SQLiteTokenStore
 from .tokens import Token as Token
 
 if TYPE_CHECKING:
+    from .stores.new_api import NewAPITokenStore as NewAPITokenStore
     from .stores.sqlalchemy import SQLAlchemyTokenStore as SQLAlchemyTokenStore
 
 

@@ -18,6 +18,22 @@ class StoreError(UsageError):
     """
 
 
+class DamagedToken(StoreError):
+    """A row of the database is no token.
+
+    :param token_id: its id in that database.
+    :param reason: what is wrong with it.
+    """
+
+    def __init__(self, token_id: object, reason: str) -> None:
+        super().__init__(token_id, reason)
+        self.token_id = token_id
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"token {self.token_id} is damaged in the database: {self.reason}"
+
+
 class QuotaError(UsageError):
     """The base of every refusal that is about a token, its quota or an operation on it."""
 

@@ -18,11 +18,11 @@ from .common import remember_database
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--db",
-    metavar="FILE",
+    metavar="DATABASE",
     envvar="USAGE_MIDDLEWARE_DB",
     expose_value=False,
     callback=remember_database,
-    help="The database; may stand behind the command too.  [env var: USAGE_MIDDLEWARE_DB]",
+    help="A file, or the URL of a database server; may stand behind the command too.  [env var: USAGE_MIDDLEWARE_DB]",
 )
 @click.version_option(package_name="usage-middleware")
 @click.pass_context

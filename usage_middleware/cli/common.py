@@ -7,15 +7,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
 from ..errors import TokenNotFound, UsageError
+from ..stores import opening
 from ..stores.base import QuotaStore
 from ..stores.sqlite import SQLiteTokenStore
 from ..tokens import Token
 from . import formats
+
+if TYPE_CHECKING:
+    from ..stores.new_api import NewAPITokenStore
+    from ..stores.sqlalchemy import SQLAlchemyTokenStore
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -31,10 +36,10 @@ def remember_database(ctx: click.Context, _: click.Parameter, value: str | None)
 def database_option(command: _Command) -> _Command:
     return click.option(
         "--db",
-        metavar="FILE",
+        metavar="DATABASE",
         expose_value=False,
         callback=remember_database,
-        help="The database.  [env var: USAGE_MIDDLEWARE_DB]",
+        help="The database, a file or a URL.  [env var: USAGE_MIDDLEWARE_DB]",
     )(command)
 
 
@@ -43,18 +48,59 @@ token_id_argument = click.argument("token_id", metavar="ID", type=int)
 
 
 @contextmanager
-def open_store(*, create: bool = False) -> Iterator[SQLiteTokenStore]:
-    """The store that ``--db`` names. What it refuses inside of the context becomes one line."""
-    path = click.get_current_context().meta.get(_DATABASE)
-    if not path:
-        raise click.UsageError("which database? Name it with --db FILE or in USAGE_MIDDLEWARE_DB")
-    if not create and not Path(path).exists():
-        raise click.UsageError(f"there is no database {path}; 'usage-middleware create' makes one")
-    try:
-        with SQLiteTokenStore(path) as store:
+def open_store(*, create: bool = False) -> Iterator[QuotaStore]:
+    """The store that ``--db`` names. What it refuses inside of the context becomes one line.
+
+    :param create: make a database, or its tables, where there are none.
+    """
+    with _in_one_line(), _open(create=create) as store:
+        if isinstance(store, QuotaStore):
             yield store
+        else:
+            raise click.UsageError(
+                "this is a database of new-api, which is only read: 'usage-middleware serve' answers from it, and "
+                "'usage-middleware import' copies its tokens to a database of yours"
+            )
+
+
+@contextmanager
+def open_token_store() -> Iterator[QuotaStore | NewAPITokenStore]:
+    """The store that ``--db`` names, or one that only answers."""
+    with _in_one_line(), _open(create=False) as store:
+        yield store
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """What a store refuses becomes one line."""
+    try:
+        yield
     except (UsageError, ValueError) as error:
         raise click.UsageError(str(error)) from None
+
+
+def _open(*, create: bool) -> QuotaStore | NewAPITokenStore:
+    database = click.get_current_context().meta.get(_DATABASE)
+    if not database:
+        raise click.UsageError("which database? Name it with --db DATABASE or in USAGE_MIDDLEWARE_DB")
+    if database == "memory:":
+        raise click.UsageError("a store in memory ends with the command; name a file or the URL of a database")
+    path = opening.sqlite_path(database)
+    if path is not None and not create and not Path(path).exists():
+        raise click.UsageError(f"there is no database {path}; 'usage-middleware create' makes one")
+    try:
+        if opening.is_new_api(database):
+            new_api: NewAPITokenStore = opening.load("NewAPITokenStore")(database)
+            return new_api
+        if path is not None:
+            return SQLiteTokenStore(path)
+        store: SQLAlchemyTokenStore = opening.load("SQLAlchemyTokenStore")(database)
+    except ImportError as error:
+        raise click.UsageError(str(error)) from None
+    if not create and not store.has_tables():
+        store.close()
+        raise click.UsageError("this database has no tokens; 'usage-middleware create' makes the first")
+    return store
 
 
 def print_key(key: str, token: Token, as_json: bool) -> None:

@@ -12,10 +12,11 @@ import click
 from werkzeug.exceptions import NotFound
 
 from ..middleware import UsageMiddleware
+from ..stores.base import QuotaStore
 from ..stores.sqlite import SQLiteTokenStore
 from ..tokens import strip_prefix
 from . import server
-from .common import database_option, open_store
+from .common import database_option, open_token_store
 
 _PORT: Final = 8000
 
@@ -57,13 +58,15 @@ def serve(
 ) -> None:
     """Serve the endpoint, alone or in front of an application.
 
+    A database of new-api is served as it is, and not written to.
+
     For a small service, and for trying things out; a busy one belongs under a WSGI server such as gunicorn.
     """
     if origins and no_cors:
         raise click.UsageError("--allow-origin and --no-cors exclude each other")
     if failure_storage is not None and failure_limit is None:
         raise click.UsageError("--failure-storage needs a --failure-limit")
-    with open_store() as store:
+    with open_token_store() as store:
         wrapped = server.load_application(application) if application else NotFound()
         allow_origins = () if no_cors else "*" if origins in ((), ("*",)) else origins
         try:
@@ -77,7 +80,9 @@ def serve(
             )
         except ImportError as error:
             raise click.UsageError(str(error)) from None
-        store.find(1)  # a database that cannot be used is told now, not to the first client
+        store.get("-")  # a database that cannot be used is told now, not to the first client
+        if not isinstance(store, QuotaStore):
+            click.echo("This is a database of new-api: it is served as it is, and not written to.", err=True)
         _serve(middleware, host, port, lambda url: click.echo(f"Serving {url}{path} (Ctrl-C stops it)", err=True))
 
 

@@ -60,7 +60,7 @@ class Database:
             raise ValueError(f"{self.dialect} is none of the databases that can be used: {', '.join(dialects)}")
         engine = url_or_engine if isinstance(url_or_engine, Engine) else _engine(url)
         if engine.dialect.is_async:
-            raise ValueError(f"{url.drivername} is an asynchronous driver; {_DRIVERS[self.dialect]} is not")
+            raise ValueError(f"{url.drivername} is an asynchronous driver; choose one that is not")
         self._engine = engine
         # READ COMMITTED, so that what is read behind a lock is what others have committed before it was had; and no
         # transaction around a single statement. PostgreSQL's drivers just send another BEGIN, or none; MySQL has to be
@@ -116,11 +116,18 @@ class Database:
 
         :raises StoreError: the database failed.
         """
-        return self._run(lambda: self._read(statement, parameters))
+        return self.look(lambda connection: connection.execute(statement, parameters).all())
 
-    def _read(self, statement: Executable, parameters: dict[str, Any] | None) -> Sequence[Row[Any]]:
+    def look(self, work: Callable[[Connection], _Result]) -> _Result:
+        """What ``work`` returns, which only reads. It may be called again, on another connection.
+
+        :raises StoreError: the database failed.
+        """
+        return self._run(lambda: self._look(work))
+
+    def _look(self, work: Callable[[Connection], _Result]) -> _Result:
         with self._reading.connect() as connection:
-            return connection.execute(statement, parameters).all()
+            return work(connection)
 
     def transact(self, work: Callable[[Connection], _Result]) -> _Result:
         """What ``work`` returns, when all that it did in a transaction is committed.

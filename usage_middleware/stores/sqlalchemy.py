@@ -165,6 +165,13 @@ class SQLAlchemyTokenStore(QuotaStore):
         self._prepare()
         return iter(self._database.transact(lambda connection: list(sql_health.findings(connection))))
 
+    def has_tables(self) -> bool:
+        """Whether this store's tables are there. They are made at the first use; this makes none."""
+        try:
+            return self._database.transact(sql_schema.is_current)
+        except sql_schema.WrongTables as error:
+            raise StoreError(f"{self._database.name} {error}") from None
+
     def close(self) -> None:
         """Closes the connections, but for those of an engine that was handed in."""
         self._database.close()
@@ -172,11 +179,11 @@ class SQLAlchemyTokenStore(QuotaStore):
     def _prepare(self) -> None:
         """Sees that the tables are there, once in a process."""
         if not self._is_prepared:
-            try:
-                if not self._database.transact(sql_schema.is_current):
+            if not self.has_tables():
+                try:
                     self._database.transact(sql_schema.create)
-            except sql_schema.WrongTables as error:
-                raise StoreError(f"{self._database.name} {error}") from None
+                except sql_schema.WrongTables as error:
+                    raise StoreError(f"{self._database.name} {error}") from None
             self._is_prepared = True
 
 
