@@ -207,6 +207,9 @@ def _url(text: str | URL) -> URL:
     except (ArgumentError, ValueError):
         # SQLAlchemy's messages quote it, and with it a password.
         raise ValueError("the URL of a database has the form postgresql://user:password@host/name") from None
+    if isinstance(text, str) and "@" in f"{url.host}{url.database}":
+        # Half a password is taken for a host or a name then, and would be shown.
+        raise ValueError("the password in the URL of a database must be quoted: @ as %40, / as %2F, : as %3A")
     return url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
 
 
