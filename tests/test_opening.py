@@ -177,9 +177,7 @@ sys.meta_path.insert(0, NotInstalled())
 
 
 def run(program, cwd):
-    return subprocess.run(
-        [sys.executable, "-c", program], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.run([sys.executable, "-c", program], cwd=cwd, capture_output=True, text=True)
 
 
 def test_what_is_not_used_is_not_loaded(tmp_path):
