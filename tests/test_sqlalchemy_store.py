@@ -26,8 +26,6 @@ MOST = 2**63 - 1
 
 
 class TestSQLAlchemyTokenStore(QuotaStoreContract):
-    kept = None
-
     @pytest.fixture(scope="class")
     def one_store(self, shared_database):
         """A connection costs more than most tests, so that one store serves them until one of them closes it."""
@@ -54,12 +52,6 @@ def create(store, **fields):
     """Adds a token; returns its key as stores see it, and the token."""
     key, token = store.create(**{"total_available": 1000, **fields})
     return key.removeprefix("sk-"), token
-
-
-@pytest.fixture
-def statements(store):
-    """What reaches the driver while a test runs, through SQLAlchemy or not. The drivers' own calls are wrapped."""
-    return Statements(store)
 
 
 # --- Tables

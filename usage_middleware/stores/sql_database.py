@@ -163,6 +163,12 @@ class Database:
             except SQLAlchemyError as error:
                 if attempt == _ATTEMPTS or not _may_repeat(error):
                     raise self._explained(error) from _without_values(error)
+            except self._driver_error as error:
+                # MySQL's isolation level was to be set on a connection that had died, where SQLAlchemy takes no note of
+                # that. Nothing was begun; the pool's other connections are as old.
+                if attempt == _ATTEMPTS:
+                    raise StoreError(f"{self.name} failed: {type(error).__name__}") from error
+                self._engine.dispose()
             if attempt > 1:
                 time.sleep(random.uniform(0, min(0.005 * 2**attempt, _LONGEST_PAUSE)))
             attempt += 1

@@ -12,6 +12,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     delete,
+    exists,
     insert,
     or_,
     select,
@@ -47,6 +48,10 @@ _page: Final = (
 )
 _insert_token: Final = insert(tokens)
 _update_token: Final = update(tokens).where(tokens.c.id == bindparam("token_id"))
+# One of them may have been added by another and deleted again, since the look at those that are taken.
+_delete_retired: Final = delete(tokens).where(
+    tokens.c.digest.in_(bindparam("digests", expanding=True)), exists().where(retired_keys.c.digest == tokens.c.digest)
+)
 _ids: Final = select(tokens.c.digest, tokens.c.id).where(tokens.c.digest.in_(bindparam("digests", expanding=True)))
 # One statement sees one state of the database, and in each a digest that was ever given is in one of the two.
 _taken: Final = union_all(
@@ -212,7 +217,9 @@ class _SQLTransaction:
         if not new:
             return [None] * len(records)
         self._execute(_insert_token, new)
-        rows = self._execute(_ids, {"digests": [row["digest"] for row in new]})
+        digests = {"digests": [row["digest"] for row in new]}
+        self._execute(_delete_retired, digests)
+        rows = self._execute(_ids, digests)
         ids = {bytes(digest): token_id for digest, token_id in rows}
         return [ids.pop(record.digest, None) for record in records]
 
