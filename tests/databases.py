@@ -346,7 +346,7 @@ class MariaDB(Server):
         accounts.write_text(
             "FLUSH PRIVILEGES;\n"
             f"CREATE USER {ADMINISTRATOR} IDENTIFIED BY '{PASSWORD}';\n"
-            f"GRANT ALL ON *.* TO {ADMINISTRATOR};\n"
+            f"GRANT ALL ON *.* TO {ADMINISTRATOR} WITH GRANT OPTION;\n"
             f"CREATE USER {APPLICATION} IDENTIFIED BY '{PASSWORD}';\n"
             f"GRANT ALL ON `{_PREFIX}%`.* TO {APPLICATION};\n"
         )
