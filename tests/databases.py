@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 import psutil
 import pytest
-from sqlalchemy import URL, NullPool, create_engine
+from sqlalchemy import URL, NullPool, create_engine, inspect
 from sqlalchemy.exc import OperationalError
 
 NOTHING_SKIPPED = "USAGE_MIDDLEWARE_TEST_NOTHING_SKIPPED"
@@ -145,6 +145,11 @@ class Server:
             yield url
         finally:
             self.drop_database(url)
+
+    @contextmanager
+    def not_durable(self, url: str) -> Iterator[None]:
+        """Lets commits to that database not wait for the disk for a while, for tests that nothing of it matters to."""
+        raise NotImplementedError
 
     def execute(self, *statements: str, database: str | None = None) -> list[Any]:
         """Runs statements as the administrator, each in a transaction of its own; returns the rows of the last."""
@@ -311,6 +316,11 @@ class PostgreSQL(Server):
     def drop_database(self, url: str) -> None:
         self.execute(f"DROP DATABASE {_name(url)} WITH (FORCE)")
 
+    @contextmanager
+    def not_durable(self, url: str) -> Iterator[None]:
+        self.execute(f"ALTER DATABASE {_name(url)} SET synchronous_commit = off")
+        yield
+
 
 class MariaDB(Server):
     driver = "mysql+pymysql"
@@ -336,7 +346,7 @@ class MariaDB(Server):
         accounts.write_text(
             "FLUSH PRIVILEGES;\n"
             f"CREATE USER {ADMINISTRATOR} IDENTIFIED BY '{PASSWORD}';\n"
-            f"GRANT ALL ON *.* TO {ADMINISTRATOR};\n"
+            f"GRANT ALL ON *.* TO {ADMINISTRATOR} WITH GRANT OPTION;\n"
             f"CREATE USER {APPLICATION} IDENTIFIED BY '{PASSWORD}';\n"
             f"GRANT ALL ON `{_PREFIX}%`.* TO {APPLICATION};\n"
         )
@@ -379,6 +389,15 @@ class MariaDB(Server):
                 self.execute(f"KILL {connection}")
         self.execute("SET lock_wait_timeout = 10", f"DROP DATABASE {_name(url)}")
 
+    @contextmanager
+    def not_durable(self, url: str) -> Iterator[None]:
+        # It has no such setting for one database.
+        self.execute("SET GLOBAL innodb_flush_log_at_trx_commit = 0")
+        try:
+            yield
+        finally:
+            self.execute("SET GLOBAL innodb_flush_log_at_trx_commit = 1")
+
 
 def _new_name() -> str:
     return _PREFIX + secrets.token_hex(4)
@@ -386,6 +405,42 @@ def _new_name() -> str:
 
 def _name(url: str) -> str:
     return url.rpartition("/")[2]
+
+
+class Database:
+    """A database in which a test looks behind a store, and which is emptied instead of made anew."""
+
+    def __init__(self, server: Server, url: str) -> None:
+        self.server = server
+        self.url = url
+        self.is_mysql = isinstance(server, MariaDB)
+        # Not the store's driver settings: each statement is committed.
+        self.engine = create_engine(url, isolation_level="AUTOCOMMIT", execution_options={"no_parameters": True})
+
+    def execute(self, *statements: str) -> list[Any]:
+        """Runs statements, each in a transaction of its own; returns the rows of the last."""
+        rows: list[Any] = []
+        with self.engine.connect() as connection:
+            for statement in statements:
+                result = connection.exec_driver_sql(statement)
+                rows = list(result) if result.returns_rows else []
+        return rows
+
+    def empty(self) -> None:
+        """Takes every row out of the tables of a store, but for the version that they have."""
+        names = [name for name in inspect(self.engine).get_table_names() if name.startswith("usage_")]
+        self.execute(*(f"DELETE FROM {name}" for name in names if name != "usage_schema"))
+
+
+@contextmanager
+def shared(server: Server) -> Iterator[Database]:
+    """A database for many tests. What they commit need not survive a power failure."""
+    with server.database() as url, server.not_durable(url):
+        database = Database(server, url)
+        try:
+            yield database
+        finally:
+            database.engine.dispose()
 
 
 KINDS = {"postgresql": PostgreSQL, "mariadb": MariaDB}

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 
 import pytest
 from client import ask
@@ -357,7 +358,7 @@ REFUSED = [
     ("folder", None, "Is a directory"),
     ("missing.csv", None, "No such file or directory"),
     ("-", None, "--format"),
-    ("postgresql://user:canary@127.0.0.1:1/db", None, "failed: OperationalError"),
+    ("postgresql://user:canary@127.0.0.1:1/db", None, "failed: "),
     ("sqlite:///:memory:", None, "must name a file"),
     ("sqlite:///missing.db", None, "missing.db cannot be opened: there is no such file"),
     ("foreign.db", None, "tokens"),
@@ -619,21 +620,31 @@ def wait_for_tokens(path, process):
     raise AssertionError("nothing was imported")
 
 
+def feed(pipe, texts):
+    with suppress(BrokenPipeError), pipe:
+        for text in texts:
+            pipe.write(text.encode())
+
+
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_the_same_command_goes_on_where_one_was_stopped(run, db, kill):
-    count = 60_000
-    db.with_name("t.csv").write_text("".join(lines(count)))
-    # Stopped when the first batch is there, which is while one of the others is read or written.
-    with subprocess.Popen([SCRIPT, "import", "t.csv"], stderr=subprocess.PIPE) as process:
+    command = [SCRIPT, "import", "--format", "csv", "-"]
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process,
+        ThreadPoolExecutor(1) as feeder,
+    ):
         try:
+            # There is no end to what it reads, so it is stopped in the middle of a batch.
+            feeder.submit(feed, process.stdin, lines(10**9))
             assert wait_for_tokens(db, process) % 10_000 == 0
             process.send_signal(kill)
-            err = process.communicate()[1].decode()
+            err = process.stderr.read().decode()
         finally:
             process.kill()
     there = len(tokens(db))
-    assert 0 < there < count
     assert there % 10_000 == 0
+    count = there + 5000
+    db.with_name("t.csv").write_text("".join(lines(count)))
     if kill == signal.SIGINT:
         assert process.returncode == 2
         told, stopped = err.splitlines()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final, Protocol
 
-from ..errors import DamagedToken
+from ..errors import DamagedToken, StoreError
 from ..stores import opening
 from ..stores.base import check_record
 from ..stores.sqlite import SQLiteTokenStore
@@ -100,7 +100,7 @@ def _open_database(text: str) -> _Database:
         if store.has_tables():
             return store
         store.close()
-    except (ValueError, ImportError) as error:
+    except (StoreError, ValueError, ImportError) as error:
         raise UnreadableSource(str(error)) from None
     raise UnreadableSource("this database has no tokens")
 

@@ -163,6 +163,12 @@ class Database:
             except SQLAlchemyError as error:
                 if attempt == _ATTEMPTS or not _may_repeat(error):
                     raise self._explained(error) from _without_values(error)
+            except self._driver_error as error:
+                # MySQL's isolation level was to be set on a connection that had died, where SQLAlchemy takes no note of
+                # that. Nothing was begun; the pool's other connections are as old.
+                if attempt == _ATTEMPTS:
+                    raise StoreError(f"{self.name} failed: {type(error).__name__}") from error
+                self._engine.dispose()
             if attempt > 1:
                 time.sleep(random.uniform(0, min(0.005 * 2**attempt, _LONGEST_PAUSE)))
             attempt += 1
@@ -207,6 +213,9 @@ def _url(text: str | URL) -> URL:
     except (ArgumentError, ValueError):
         # SQLAlchemy's messages quote it, and with it a password.
         raise ValueError("the URL of a database has the form postgresql://user:password@host/name") from None
+    if isinstance(text, str) and "@" in f"{url.host}{url.database}":
+        # Half a password is taken for a host or a name then, and would be shown.
+        raise ValueError("the password in the URL of a database must be quoted: @ as %40, / as %2F, : as %3A")
     return url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
 
 

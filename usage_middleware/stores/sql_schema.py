@@ -150,7 +150,7 @@ def is_current(connection: Connection) -> bool:
 def create(connection: Connection) -> None:
     """Makes the tables, however many processes start at once. Commits.
 
-    MySQL commits each table by itself, so the version is what says that all are there, and comes last.
+    MySQL commits each statement by itself, so the version is what says that all is there, and comes last.
     """
     if connection.dialect.name in MYSQL:
         parameters = {"name": _LOCK_NAME, "seconds": _LOCK_SECONDS}
@@ -169,5 +169,9 @@ def _create(connection: Connection) -> None:
     if not is_current(connection):
         schema.create(connection, checkfirst=True)
         _metadata.create_all(connection, checkfirst=True)
+        # It makes the indexes of those tables alone that were not there: a process may have died behind one of them.
+        for table in _metadata.sorted_tables:
+            for index in table.indexes:
+                index.create(connection, checkfirst=True)
         connection.execute(schema.insert().values(version=VERSION))
         connection.commit()

@@ -12,6 +12,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     delete,
+    exists,
     func,
     insert,
     or_,
@@ -49,6 +50,10 @@ _page: Final = (
 )
 _insert_token: Final = insert(tokens)
 _update_token: Final = update(tokens).where(tokens.c.id == bindparam("token_id"))
+# One of them may have been added by another and deleted again, since the look at those that are taken.
+_delete_retired: Final = delete(tokens).where(
+    tokens.c.digest.in_(bindparam("digests", expanding=True)), exists().where(retired_keys.c.digest == tokens.c.digest)
+)
 _ids: Final = select(tokens.c.digest, tokens.c.id).where(tokens.c.digest.in_(bindparam("digests", expanding=True)))
 # One statement sees one state of the database, and in each a digest that was ever given is in one of the two.
 _taken: Final = union_all(
@@ -215,14 +220,17 @@ class _SQLTransaction:
         self._execute(_update_token, {"token_id": token.id, **_values(token)})
 
     def insert(self, records: Sequence[TokenRecord]) -> Sequence[int | None]:
-        # The first of those that are the same.
-        wanted = {record.digest: record.token for record in reversed(records)}
+        wanted: dict[bytes, Token] = {}
+        for record in records:
+            wanted.setdefault(record.digest, record.token)
         taken = {bytes(digest) for (digest,) in self._execute(_taken, {"digests": list(wanted)})}
         new = [{"digest": digest, **_values(token)} for digest, token in wanted.items() if digest not in taken]
         if not new:
             return [None] * len(records)
         self._execute(_insert_token, new)
-        rows = self._execute(_ids, {"digests": [row["digest"] for row in new]})
+        digests = {"digests": [row["digest"] for row in new]}
+        self._execute(_delete_retired, digests)
+        rows = self._execute(_ids, digests)
         ids = {bytes(digest): token_id for digest, token_id in rows}
         return [ids.pop(record.digest, None) for record in records]
 
