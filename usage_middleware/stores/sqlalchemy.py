@@ -210,8 +210,9 @@ class _SQLTransaction:
         self._execute(_update_token, {"token_id": token.id, **_values(token)})
 
     def insert(self, records: Sequence[TokenRecord]) -> Sequence[int | None]:
-        # The first of those that are the same.
-        wanted = {record.digest: record.token for record in reversed(records)}
+        wanted: dict[bytes, Token] = {}
+        for record in records:
+            wanted.setdefault(record.digest, record.token)
         taken = {bytes(digest) for (digest,) in self._execute(_taken, {"digests": list(wanted)})}
         new = [{"digest": digest, **_values(token)} for digest, token in wanted.items() if digest not in taken]
         if not new:
