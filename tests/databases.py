@@ -346,7 +346,7 @@ class MariaDB(Server):
         accounts.write_text(
             "FLUSH PRIVILEGES;\n"
             f"CREATE USER {ADMINISTRATOR} IDENTIFIED BY '{PASSWORD}';\n"
-            f"GRANT ALL ON *.* TO {ADMINISTRATOR};\n"
+            f"GRANT ALL ON *.* TO {ADMINISTRATOR} WITH GRANT OPTION;\n"
             f"CREATE USER {APPLICATION} IDENTIFIED BY '{PASSWORD}';\n"
             f"GRANT ALL ON `{_PREFIX}%`.* TO {APPLICATION};\n"
         )
@@ -414,7 +414,8 @@ class Database:
         self.server = server
         self.url = url
         self.is_mysql = isinstance(server, MariaDB)
-        # Not the store's driver settings: each statement is committed.
+        self._names: list[str] = []
+        # Each statement is committed.
         self.engine = create_engine(url, isolation_level="AUTOCOMMIT", execution_options={"no_parameters": True})
 
     def execute(self, *statements: str) -> list[Any]:
@@ -428,8 +429,10 @@ class Database:
 
     def empty(self) -> None:
         """Takes every row out of the tables of a store, but for the version that they have."""
-        names = [name for name in inspect(self.engine).get_table_names() if name.startswith("usage_")]
-        self.execute(*(f"DELETE FROM {name}" for name in names if name != "usage_schema"))
+        if not self._names:
+            names = [name for name in inspect(self.engine).get_table_names() if name.startswith("usage_")]
+            self._names = [name for name in names if name != "usage_schema"]
+        self.execute(*(f"DELETE FROM {name}" for name in self._names))
 
 
 @contextmanager

@@ -16,7 +16,6 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from functools import partial
 
 import databases
 import pytest
