@@ -97,6 +97,16 @@ def database(shared_database):
     shared_database.empty()
 
 
+@pytest.fixture(params=["sqlite", *databases.KINDS])
+def store_text(request, tmp_path):
+    """What :func:`open_store` opens an empty store for, of each kind that processes may share, with durable commits."""
+    if request.param == "sqlite":
+        yield str(tmp_path / "tokens.db")
+    else:
+        with request.getfixturevalue(request.param).database() as url:
+            yield url
+
+
 @pytest.fixture(params=list(databases.KINDS))
 def disposable_server(request):
     """A server of each kind in turn that the test has for itself, to stop, kill and start it."""

@@ -14,7 +14,7 @@ import sys
 import time
 from typing import NamedTuple
 
-from usage_middleware import SQLiteTokenStore
+from usage_middleware import open_store
 
 MODELS = ("gpt-4o", "gpt-4o-mini", None)
 LONGEST_LIFE = 0.05  # seconds after its first call: some dozen calls
@@ -60,19 +60,19 @@ def take(step, store, key):
         store.charge(key, step.amount, model=step.model, operation_id=step.operation_id)
 
 
-def live(path, key, life, reports, others):
+def live(text, key, life, reports, others):
     # Only the parent reads, so that a life whose parent is gone cannot report, and ends.
     os.close(others)
-    store = SQLiteTokenStore(path)
+    store = open_store(text)
     for step in steps(life):
         take(step, store, key)
         os.write(reports, b".")
 
 
-def live_and_die(path, key, life):
+def live_and_die(text, key, life):
     """Returns how many calls of a life have returned before it was killed."""
     reading, writing = os.pipe()
-    process = PROCESSES.Process(target=live, args=(path, key, life, writing, reading))
+    process = PROCESSES.Process(target=live, args=(text, key, life, writing, reading))
     process.start()
     os.close(writing)
     with open(reading, "rb", buffering=0) as reports:
@@ -86,10 +86,11 @@ def live_and_die(path, key, life):
     return returned
 
 
-def main(path, key, lane, lives):
+def main(text, key, lane, lives):
+    open_store(text).close()  # connects to nothing, and loads what each life would have to load
     for number in range(int(lives)):
         life = f"{lane}-{number}"
-        print(life, live_and_die(path, key, life), flush=True)
+        print(life, live_and_die(text, key, life), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What a crash or a failing disk does to the ledger of a :class:`SQLiteTokenStore`: a call is whole, or it never was.
+"""What a crash or a failing disk does to the ledger: a call is whole, or it never was.
 
-Writers are killed, the write-ahead log is torn, every statement fails once, and the disk is full. Each test is small by
-default and has its full size with ``--full``.
+Writers to every store are killed, and the servers of those that have one. Of a :class:`SQLiteTokenStore`, the
+write-ahead log is torn, every statement fails once, and the disk is full. Each test is small by default and has its
+full size with ``--full``.
 """
 
 import functools
@@ -15,10 +16,12 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import threading
+import time
 import uuid
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from itertools import repeat
 from pathlib import Path
@@ -27,6 +30,7 @@ from typing import NamedTuple
 import crash_writer
 import pytest
 
+import usage_middleware
 from usage_middleware import QuotaExceeded, SQLiteTokenStore, StoreError
 from usage_middleware.tokens import strip_prefix
 
@@ -90,13 +94,19 @@ def outcome(steps):
     return left
 
 
+def wait_until_nothing_runs(store, token_id):
+    """A server may learn of a client's death, and end its transaction, a moment after it: a transaction that has the
+    token's lock is the last."""
+    store._transact(lambda transaction: transaction.load(token_id))
+
+
 def first_steps(life, count):
     return itertools.islice(crash_writer.steps(life), count)
 
 
-def kill_writers(path, key, lanes, lives):
+def kill_writers(text, key, lanes, lives):
     """Kills writers one after the other, in several lanes at once. Returns how many calls of each have returned."""
-    command = [sys.executable, "-W", "error", crash_writer.__file__, path, key]
+    command = [sys.executable, "-W", "error", crash_writer.__file__, text, key]
     processes = [
         subprocess.Popen([*command, str(lane), str(lives)], stdout=subprocess.PIPE, text=True) for lane in range(lanes)
     ]
@@ -119,12 +129,12 @@ def kill_writers(path, key, lanes, lives):
         pytest.param(3, 4, 170, id="three at a time"),
     ],
 )
-def test_a_writer_that_is_killed(tmp_path, full, lanes, lives, all_lives):
-    path = tmp_path / "tokens.db"
-    with SQLiteTokenStore(path) as store:
+def test_a_writer_that_is_killed(store_text, full, lanes, lives, all_lives):
+    is_sqlite = "://" not in store_text
+    with usage_middleware.open_store(store_text) as store:
         key, token = store.create(total_available=A_LOT, model_limits={"gpt-4o": A_LOT, "gpt-4o-mini": True})
     key = strip_prefix(key)
-    returned = kill_writers(path, key, lanes, all_lives if full else lives)
+    returned = kill_writers(store_text, key, lanes, all_lives if full else lives)
     assert len(returned) == lanes * (all_lives if full else lives)
 
     def read():
@@ -144,8 +154,10 @@ def test_a_writer_that_is_killed(tmp_path, full, lanes, lives, all_lives):
         assert len(operations) == sum(map(len, lives.values()))
         return lives
 
-    content(path)
-    with SQLiteTokenStore(path) as store:
+    if is_sqlite:
+        content(store_text)
+    with usage_middleware.open_store(store_text) as store:
+        wait_until_nothing_runs(store, token.id)
         found = read()
         assert found.keys() == returned.keys()
         in_flight = 0
@@ -158,6 +170,51 @@ def test_a_writer_that_is_killed(tmp_path, full, lanes, lives, all_lives):
         for life, count in returned.items():
             crash_writer.take(next(itertools.islice(crash_writer.steps(life), count, None)), store, key)
         assert read() == {life: outcome(first_steps(life, count + 1)) for life, count in returned.items()}
+
+
+def charge_until_acknowledged(store, key, name, done):
+    """Charges again and again, and repeats each charge until it returns. Returns how many did, and how many were
+    repeated."""
+    number = repeated = 0
+    while not done.is_set():
+        while True:
+            try:
+                store.charge(key, 1, model="gpt-4o", operation_id=f"{name}/{number}")
+                break
+            except StoreError:
+                repeated += 1
+                time.sleep(0.01)
+        number += 1
+    return number, repeated
+
+
+def test_a_server_that_is_killed(disposable_server, full):
+    kills = 50 if full else 3
+    done = threading.Event()
+    with (
+        usage_middleware.open_store(disposable_server.create_database()) as store,
+        ThreadPoolExecutor(4) as threads,
+    ):
+        key, token = store.create(total_available=A_LOT, model_limits={"gpt-4o": A_LOT})
+        writers = [threads.submit(charge_until_acknowledged, store, strip_prefix(key), name, done) for name in range(4)]
+        try:
+            for kill in range(kills):
+                used = store.find(token.id).total_used
+                while store.find(token.id).total_used < used + 20:
+                    assert not any(writer.done() for writer in writers)
+                time.sleep(random.Random(kill).uniform(0, 0.05))
+                disposable_server.kill()
+                disposable_server.start()
+        finally:
+            done.set()
+        counts = [writer.result(60) for writer in writers]
+        expected = [f"{name}/{number}" for name, (count, _) in enumerate(counts) for number in range(count)]
+        assert sorted(operation.id for operation in store.history(token.id)) == sorted(expected)
+        token = store.find(token.id)
+        assert (token.total_used, token.total_available) == (len(expected), A_LOT - len(expected))
+        assert store.model_usage(token.id) == {"gpt-4o": len(expected)}
+        assert all(repeated for _, repeated in counts)
+        print(f"{kills} kills, {len(expected)} charges, {sum(repeated for _, repeated in counts)} repeated")
 
 
 # --- A log that ends anywhere
