@@ -361,6 +361,7 @@ class MariaDB(Server):
             "--skip-name-resolve",
             # The machine need not be able to look up its own name.
             "--force",
+            f"--tmpdir={self.directory}",
             *self._settings,
         )
 
@@ -373,6 +374,8 @@ class MariaDB(Server):
             "--bind-address=127.0.0.1",
             f"--port={self.port}",
             "--socket=",
+            # In one for all, another server that starts removes what it takes for left over.
+            f"--tmpdir={self.directory}",
             "--skip-name-resolve",
             *self._settings,
         ]
