@@ -1,4 +1,4 @@
-"""The application that test_servers.py has real servers serve, in processes of their own.
+"""The application that test_servers.py and test_soak.py have real servers serve, in processes of their own.
 
 ``TOKENS_DATABASE`` names the database. Where ``KEY_ASKED_AT_IMPORT`` is set, the store is asked for that key while
 this module is imported, so that a server which imports it before it forks has an open connection then.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
-from usage_middleware import SQLiteTokenStore, UsageMiddleware
+from usage_middleware import SQLiteTokenStore, UsageMiddleware, bearer_key
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -40,6 +40,11 @@ def host(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[by
         body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
     elif path == "/create":
         body = store.create()[0].encode()
+    elif path == "/charge":
+        key = bearer_key(environ)
+        assert key is not None
+        store.charge(key, 1, operation_id=environ["HTTP_X_REQUEST_ID"])
+        body = b"charged"
     else:
         body = f"{method} [{prefix}] {path}".encode("latin-1")
     start_response("200 OK", [*headers, ("Content-Length", str(len(body)))])

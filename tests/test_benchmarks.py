@@ -1,67 +1,160 @@
 """The benchmarks still run. What they measure is for a person to read: no test depends on a time."""
 
+import importlib.util
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 BENCHMARKS = Path(__file__).with_name("benchmarks")
-ROWS = [
-    ("WhiteNoise, no files", None),
-    ("UsageMiddleware", 0.5),
-    ("werkzeug DispatcherMiddleware, no mounts", None),
-    ("werkzeug ProxyFix", None),
-    ("a comparison in a closure", None),
-    ("by hand: one look-up, one json.dumps", None),
-    ("UsageMiddleware, SQLiteTokenStore", 1.5),
-    ("Flask view", None),
-    ("UsageMiddleware, SQLiteTokenStore", 0.25),
-    ("Flask view, bare", None),
-    ("UsageMiddleware, SQLiteTokenStore", None),
-    ("by hand: one look-up, one json.dumps", None),
-    ("UsageMiddleware, MemoryTokenStore", None),
-    ("UsageMiddleware, dict", None),
-    ("by hand", None),
-    ("SQLiteTokenStore.charge", 1.5),
-    ("by hand", None),
-    ("SQLiteTokenStore.charge", 1.5),
-    ("a third of the store's timeout", None),
-    ("SQLiteTokenStore.charge, the slowest", 1.0),
+HAS_WRK = shutil.which("wrk") is not None
+# As tests/databases.py looks for it.
+HAS_MARIADB = (
+    shutil.which("mariadbd", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"])) is not None
+)
+BY_HAND = "by hand: one look-up, one json.dumps"
+BARE = "a bare WSGI function, by hand"
+OURS = "UsageMiddleware, SQLiteTokenStore"
+IN_MEMORY = "UsageMiddleware, MemoryTokenStore"
+ORM = "Flask view with SQLAlchemy's ORM"
+DJANGO = "Django view with its ORM"
+FASTAPI = "FastAPI with SQLAlchemy's ORM"
+MIDDLEWARES = [
+    "WhiteNoise, no files",
+    "UsageMiddleware",
+    "werkzeug DispatcherMiddleware, no mounts",
+    "werkzeug ProxyFix",
+    "a comparison in a closure",
 ]
-SIZE = ["--rounds", "2", "--tokens", "1000", "--writers", "3", "--charges", "5"]
+TOKENS = ["1,000 tokens", "2,000 tokens"]
+SIZE = {
+    "--rounds": 1,
+    "--long-rounds": 1,
+    "--tokens": 1_000,
+    "--tokens-most": 2_000,
+    "--at-once": 1,
+    "--server": "gunicorn",
+    "--writers": 3,
+    "--charges": 5,
+    "--import-tokens": 100,
+}
+
+# The rows of each table, and the budgets of those that have one.
+TABLES = [
+    (MIDDLEWARES, {"UsageMiddleware": 0.5}),
+    ([BY_HAND, OURS], {OURS: 1.5}),
+    (["Flask view", OURS], {OURS: 0.25}),
+    (["Flask view, bare", OURS], {}),
+    ([OURS, "Flask view", ORM, DJANGO, f"{FASTAPI}, def", f"{FASTAPI}, async def"], {}),
+    ([BY_HAND, IN_MEMORY, "UsageMiddleware, dict"], {}),
+    ([BY_HAND, OURS, "Flask view", ORM], {}),
+    ([BY_HAND, OURS, "Flask view", ORM], {}),
+    (TOKENS, {}),
+    (TOKENS, {TOKENS[1]: 1.5}),
+    (TOKENS, {}),
+    (TOKENS, {}),
+    (
+        ["the page cache that SQLite has by default", *(f"UsageMiddleware, {count}" for count in TOKENS)],
+        {f"UsageMiddleware, {TOKENS[1]}": 1.5},
+    ),
+    ([BARE, OURS, "Flask view", ORM, IN_MEMORY], {}),
+    *[(["1 thread"], {})] * 5,
+    *[([BARE, OURS, "Flask view", ORM, DJANGO, f"{OURS}, 2 workers"], {})] * (2 * HAS_WRK),
+    (["by hand", "SQLiteTokenStore.charge"], {"SQLiteTokenStore.charge": 1.5}),
+    (["by hand", "SQLiteTokenStore.charge"], {"SQLiteTokenStore.charge": 1.5}),
+    (
+        ["a third of the store's timeout", "SQLiteTokenStore.charge, the slowest"],
+        {"SQLiteTokenStore.charge, the slowest": 1.0},
+    ),
+    *[
+        *[(["by hand: one look-up", "SQLAlchemyTokenStore.get", "UsageMiddleware, SQLAlchemyTokenStore"], {})] * 2,
+        *[(["by hand", "SQLAlchemyTokenStore.charge"], {})] * 2,
+    ]
+    * (1 + HAS_MARIADB),
+    *[(["by hand: read, hash, executemany", "usage-middleware import"], {"usage-middleware import": 2.0})] * 2,
+]
+LEFT_OUT = [
+    *["HTTP: left out, wrk is not installed"] * (not HAS_WRK),
+    *["MariaDB: left out, needs mariadbd: install Debian's package mariadb-server-core"] * (not HAS_MARIADB),
+]
 
 
 @pytest.fixture
-def run_benchmarks(tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+def temporary():
+    # As /tmp is: where the tests are root's, database servers are another user's, who cannot go to pytest's directory.
+    with tempfile.TemporaryDirectory(prefix="usage-middleware-") as directory:
+        os.chmod(directory, 0o1777)
+        yield Path(directory)
 
-    def run(*options):
-        command = [sys.executable, "-W", "error", BENCHMARKS, *SIZE, *options]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        # A connection that was left open is a ResourceWarning here.
-        assert (done.returncode, done.stderr) == (0, "")
-        assert list(tmp_path.iterdir()) == []
-        return done.stdout
+
+@pytest.fixture
+def run_benchmarks(temporary, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(temporary))
+
+    def run(*options, missing=()):
+        # A module that is None is one that cannot be found.
+        code = (
+            f"import runpy, sys; sys.modules.update(dict.fromkeys({missing}));"
+            f" runpy.run_path({str(BENCHMARKS)!r}, run_name='__main__')"
+        )
+        size = [str(word) for option in SIZE.items() for word in option]
+        command = [sys.executable, "-W", "error", "-c", code, *size, *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        # Databases and servers' directories are gone. A connection that was left open is a ResourceWarning here.
+        assert list(temporary.iterdir()) == []
+        return done
 
     return run
 
 
 def test_every_measurement_is_made(run_benchmarks):
-    report = json.loads(run_benchmarks("--json"))
+    done = run_benchmarks("--json")
 
-    rows = [row for table in report["tables"] for row in table["rows"]]
-    assert [(row["name"], row["budget"]) for row in rows] == ROWS
-    assert all(row["lowest"] <= row["ratio"] <= row["highest"] for row in rows)
-    for row in rows:
-        if row["budget"]:
-            assert row["verdict"] == ("met" if row["ratio"] <= row["budget"] else "missed")
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    assert [_names_and_budgets(table) for table in report["tables"]] == TABLES
+    assert report["left_out"] == LEFT_OUT
+    for table in report["tables"]:
+        for row in table["rows"]:
+            assert row["lowest"] <= row["ratio"] <= row["highest"]
+            assert len(row["latencies"]) == (4 if table["unit"] == "requests per second" else 0)
+            assert sorted(row["latencies"]) == row["latencies"]
+            if row["budget"]:
+                assert row["verdict"] == ("met" if row["ratio"] <= row["budget"] else "missed")
 
 
-def test_a_person_gets_a_table(run_benchmarks):
-    report = run_benchmarks()
+def test_a_person_gets_tables_and_is_told_what_is_left_out(run_benchmarks, monkeypatch):
+    monkeypatch.setenv("PATH", os.devnull)  # where no wrk is
+    missing = ["whitenoise", "flask", "django", "fastapi"]
+    done = run_benchmarks("--only", "http", "--only", "usage", "--only", "pass-through", missing=missing)
 
-    assert "rounds 2, tokens 1000, writers 3, charges 5" in report
-    assert re.findall(r"^  (\S.*?) +[\d.]+ us", report, re.MULTILINE) == [name for name, _ in ROWS]
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "rounds 1, long_rounds 1, tokens 1000" in done.stdout
+    for name in (*missing, "wrk"):
+        assert re.search(f"^.*: left out, .*{name} is not installed", done.stdout, re.MULTILINE)
+    rows = [*MIDDLEWARES[2:], "UsageMiddleware", BY_HAND, OURS, OURS, BY_HAND, IN_MEMORY, "UsageMiddleware, dict"]
+    assert re.findall(r"^  (\S.*?) +[\d.]+ us", done.stdout, re.MULTILINE) == rows
+
+
+def test_plots_are_drawn_or_the_remedy_is_named(run_benchmarks, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("plots")
+    done = run_benchmarks("--only", "tokens", "--plots", str(directory))
+
+    if importlib.util.find_spec("matplotlib") is None:
+        assert done.returncode == 2
+        assert "pip install -e '.[benchmarks]'" in done.stderr
+    else:
+        assert (done.returncode, done.stderr) == (0, "")
+        assert ElementTree.parse(directory / "tokens.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def _names_and_budgets(table):
+    names = [row["name"] for row in table["rows"]]
+    return names, {row["name"]: row["budget"] for row in table["rows"] if row["budget"]}

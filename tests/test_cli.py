@@ -337,6 +337,7 @@ def test_only_create_makes_a_database(db):
     for args in (
         *(["list"], ["show", 1], ["update", 1, "--disable"], ["rotate", 1], ["delete", 1], ["serve"]),
         *(["grant", 1, 5], ["charge", 1, 5], ["refund", "x"], ["history", 1], ["prune", "--before", "1d"]),
+        *(["export"], ["export", "--output", "tokens.csv"]),
     ):
         assert "there is no database" in run(*args, status=2)[1]
     assert not db.exists()
@@ -348,7 +349,7 @@ WRONG = [
     ([], "--nonsense", "No such option"),
     ([], "nonsense", "No such command"),
     (["show"], "", "Missing argument 'ID'"),
-    (["show"], "x", "not a valid integer"),
+    (["show"], "x", "an ID is a number"),
     (["show"], "7", "there is no token 7"),
     (["show"], "99999999999999999999", "there is no token 99999999999999999999"),
     (["update"], "7 --disable", "there is no token 7"),

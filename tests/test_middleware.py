@@ -163,12 +163,17 @@ def test_a_change_of_the_given_origins_is_not_noticed():
         pytest.param({"allow_origins": ["app.example"]}, ValueError, id="an origin without a scheme"),
         pytest.param({"allow_origins": ["https://app.example/"]}, ValueError, id="an origin with a slash at its end"),
         pytest.param({"allow_origins": ["https://app.example/a"]}, ValueError, id="an origin with a path"),
+        pytest.param({"allow_origins": [f"{ORIGIN}?a"]}, ValueError, id="an origin with a query"),
+        pytest.param({"allow_origins": [f"{ORIGIN}#a"]}, ValueError, id="an origin with a fragment"),
+        pytest.param({"allow_origins": ["https://me@app.example"]}, ValueError, id="an origin with a user"),
+        pytest.param({"allow_origins": ["1https://app.example"]}, ValueError, id="a scheme that begins with a digit"),
         pytest.param({"allow_origins": ["https://App.Example"]}, ValueError, id="an origin in capitals"),
         pytest.param({"allow_origins": ["HTTPS://app.example"]}, ValueError, id="a scheme in capitals"),
         pytest.param({"allow_origins": ["https://*.app.example"]}, ValueError, id="a pattern"),
         pytest.param({"allow_origins": ["https://caf\u00e9.example"]}, ValueError, id="an origin that is not ASCII"),
-        pytest.param({"allow_origins": [f"{ORIGIN}\r\nX-Evil: 1"]}, ValueError, id="an origin with a line feed"),
+        pytest.param({"allow_origins": [f"{ORIGIN}\r\nx-evil:1"]}, ValueError, id="an origin with a line feed"),
         pytest.param({"allow_origins": [f"{ORIGIN}, {ORIGIN}"]}, ValueError, id="two origins in one"),
+        pytest.param({"allow_origins": [f"{ORIGIN},other.example"]}, ValueError, id="two hosts in one"),
         pytest.param({"allow_origins": [ORIGIN, "app.example"]}, ValueError, id="not the first one"),
     ],
 )
@@ -177,6 +182,12 @@ def test_an_impossible_argument_is_named(arguments, error):
     given = {"app": not_found, "store": {}, **arguments}
     with pytest.raises(error, match=rf"^{name} must "):
         UsageMiddleware(given.pop("app"), given.pop("store"), **given)
+
+
+@pytest.mark.parametrize("arguments", [("module:app", {}), (not_found, "tokens.db")])
+def test_what_is_given_for_an_application_or_a_store_is_told(arguments):
+    with pytest.raises(TypeError, match=r"got str$"):
+        UsageMiddleware(*arguments)
 
 
 @pytest.mark.parametrize(

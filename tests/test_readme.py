@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from client import ask
 
+from usage_middleware import SQLiteTokenStore
+
 SCRIPTS = Path(sys.executable).parent
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 KEY = re.compile(r"sk-[0-9A-Za-z]{48}")
@@ -45,7 +47,7 @@ def shell(command):
 
 
 def test_every_block_is_covered_here(blocks):
-    kinds = ["console", "console", "python", "console", "python", "python", "python", "console"]
+    kinds = ["console", "console", "python", "console", "python", "python", "python", "console", "console"]
     assert [kind for kind, _ in blocks] == kinds
 
 
@@ -139,6 +141,20 @@ def test_the_custom_store_passes_the_contract(blocks, customers, tmp_path):
     )
     assert result.returncode == 0, result.stdout
     assert re.search(r"\d\d passed", result.stdout)
+
+
+def test_tokens_move(blocks, tmp_path, postgresql):
+    (rehearse, told), (move, moved) = commands(block(blocks, "console", "import"))
+    (tmp_path / "customers.csv").write_text("key,total_available\none-key,5\nanother-key,\na-bad-key,1e6\n")
+    done = subprocess.run(shlex.split(rehearse), capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
+    assert not (tmp_path / "tokens.db").exists()
+
+    with SQLiteTokenStore(tmp_path / "tokens.db") as store, postgresql.database() as url:
+        for _ in range(1204):
+            store.create()
+        move = move.replace("postgresql://user:password@host/name", url)
+        assert subprocess.run(shlex.split(move), check=True, capture_output=True, text=True).stderr == moved
 
 
 def test_the_server_of_the_demonstration_is_not_needed(blocks):

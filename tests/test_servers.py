@@ -52,15 +52,15 @@ _MAKE_SERVER = (
     "import served, sys; from {} import make_server;"
     "make_server('127.0.0.1', int(sys.argv[1]), served.app{}).serve_forever()"
 )
-_GUNICORN = ["-m", "gunicorn", "--bind=127.0.0.1:{port}", "--no-control-socket", f"--graceful-timeout={_STOP}"]
+GUNICORN = ["-m", "gunicorn", "--bind=127.0.0.1:{port}", "--no-control-socket", f"--graceful-timeout={_STOP}"]
 _GRANIAN = ["-m", "granian", "--host=127.0.0.1", "--port={port}", f"--workers-kill-timeout={_STOP}"]
 PRELOAD_WORKERS = 3
 SERVERS = {
     "wsgiref": ["-c", _MAKE_SERVER.format("wsgiref.simple_server", ""), "{port}"],
     "werkzeug": ["-c", _MAKE_SERVER.format("werkzeug.serving", ", threaded=True"), "{port}"],
-    "gunicorn-sync": [*_GUNICORN, "served:app"],
-    "gunicorn-gthread": [*_GUNICORN, "--worker-class=gthread", "--threads=4", "served:app"],
-    "gunicorn-preload": [*_GUNICORN, "--preload", f"--workers={PRELOAD_WORKERS}", "served:app"],
+    "gunicorn-sync": [*GUNICORN, "served:app"],
+    "gunicorn-gthread": [*GUNICORN, "--worker-class=gthread", "--threads=4", "served:app"],
+    "gunicorn-preload": [*GUNICORN, "--preload", f"--workers={PRELOAD_WORKERS}", "served:app"],
     "waitress": ["-m", "waitress", "--listen=127.0.0.1:{port}", "served:app"],
     "cheroot": ["-m", "cheroot", "--bind=127.0.0.1:{port}", "served:app"],
     "granian": [*_GRANIAN, "--interface=wsgi", "served:app"],
@@ -175,6 +175,15 @@ def running(name: str, directory: Path, **environment: str) -> Iterator[Server]:
     database, log = directory / "tokens.db", directory / "log"
     with SQLiteTokenStore(database) as store:
         store.create(name="Grüne Bohne", total_available=1000, key=KEY)
+    with started(SERVERS[name], database, log, **environment) as (_, port):
+        yield Server(name, port, database, log)
+
+
+@contextmanager
+def started(
+    arguments: list[str], database: Path, log: Path, **environment: str
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """The process that serves the database, and its port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -185,14 +194,14 @@ def running(name: str, directory: Path, **environment: str) -> Iterator[Server]:
         "TOKENS_DATABASE": str(database),
         **environment,
     }
-    command = [sys.executable, *(argument.format(port=port) for argument in SERVERS[name])]
+    command = [sys.executable, *(argument.format(port=port) for argument in arguments)]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, cwd=directory, env=environment, stdout=output, stderr=output, start_new_session=True
+            command, cwd=database.parent, env=environment, stdout=output, stderr=output, start_new_session=True
         )
     try:
         _wait_until_ready(process, port, log)
-        yield Server(name, port, database, log)
+        yield process, port
     finally:
         process.terminate()
         try:

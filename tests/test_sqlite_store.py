@@ -869,22 +869,22 @@ def test_a_list_of_tokens_needs_the_same_memory_however_long_it_is(path, store):
 @needs_proc
 def test_connections_are_as_many_as_are_needed_at_once(path):
     make_database(path)
-    with SQLiteTokenStore(path) as store, ThreadPoolExecutor(64) as pool:
+    with SQLiteTokenStore(path) as store, ThreadPoolExecutor(80) as pool:
         store.get("no-such-key")  # the tables are looked at once
         with another_process(path, "BEGIN IMMEDIATE"):
-            answers = [pool.submit(store.create, name=str(number)) for number in range(64)]
+            answers = [pool.submit(store.create, name=str(number)) for number in range(80)]
             # All at once: each waits for the lock, with a connection of its own.
             deadline = time.monotonic() + 30
-            while list(open_files(path).values()).count(str(path)) < 64:
+            while list(open_files(path).values()).count(str(path)) < 80:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
-        assert {answer.result()[1].name for answer in answers} == {str(number) for number in range(64)}
-        assert 1 <= connections(path) <= 32
+        assert {answer.result()[1].name for answer in answers} == {str(number) for number in range(80)}
+        assert 1 <= connections(path) <= 64
         at_most = len(open_files(path))
         for _ in range(5):
             list(pool.map(store.get, ["no-such-key"] * 640))
         assert len(open_files(path)) <= at_most
-        assert connections(path) <= 32
+        assert connections(path) <= 64
     assert open_files(path) == {}
 
 

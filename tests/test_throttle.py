@@ -229,6 +229,11 @@ def test_without_a_limit_nobody_is_throttled():
     assert statuses(app, 1000) == [401] * 1000
 
 
+def test_failures_are_counted_in_the_process_where_nothing_else_is_said():
+    app = UsageMiddleware(not_found, {}, failure_limit="3 per hour")
+    assert statuses(app, 5) == [401, 401, 401, 429, 429]
+
+
 # --- Against whom
 
 
@@ -370,7 +375,7 @@ def test_memory_is_bounded_whatever_number_of_addresses_come(clock, monkeypatch,
         monkeypatch.setattr(throttle, "_MOST_CLIENTS", throttle._MOST_CLIENTS // 10)
     most = throttle._MOST_CLIENTS
     app = make_app()
-    one = environ(HTTP_AUTHORIZATION=WRONG)
+    one = environ(HTTP_AUTHORIZATION="Bearer two,keys")  # counts, and is refused without asking the store
 
     def flood(start, stop):
         for number in range(start, stop):

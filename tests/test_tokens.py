@@ -79,14 +79,46 @@ class Units(enum.IntEnum):
         pytest.param("hint", "\udcff", ValueError, id="hint that UTF-8 cannot carry"),
         pytest.param("model_limits", {"\ud800": 1}, ValueError, id="model that UTF-8 cannot carry"),
         pytest.param("model_limits", {"a": -1}, ValueError, id="model limit below zero"),
+        pytest.param("model_limits", {"a": True, "b": -1}, ValueError, id="not the first model limit"),
     ],
 )
 def test_a_wrong_field_is_named(field, value, error):
-    with pytest.raises(error, match=rf"^Token\.{field}\b"):
-        Token(**{field: value})
-    # What is made of a good token is checked as well.
-    with pytest.raises(error, match=rf"^Token\.{field}\b"):
-        dataclasses.replace(Token(), **{field: value})
+    # The token of a store has an id, and is checked in another way.
+    for good in ({}, {"id": 7}):
+        with pytest.raises(error, match=rf"^Token\.{field}\b"):
+            Token(**{**good, field: value})
+        # What is made of a good token is checked as well.
+        with pytest.raises(error, match=rf"^Token\.{field}\b"):
+            dataclasses.replace(Token(**good), **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "value"),
+    [
+        pytest.param(("total_available", "total_used"), 1.0, id="totals"),
+        pytest.param(("total_available", "total_used", "expires_at"), 1.0, id="totals and a time"),
+        pytest.param(("total_available", "total_used", "expires_at", "created_at"), 1.0, id="numbers"),
+        pytest.param(("unlimited_quota", "model_limits_enabled"), 1, id="two flags"),
+        pytest.param(("unlimited_quota", "model_limits_enabled", "enabled"), 1, id="flags"),
+        pytest.param(("name", "hint"), b"text", id="texts"),
+    ],
+)
+def test_fields_that_are_wrong_in_the_same_way_do_not_hide_each_other(fields, value):
+    with pytest.raises(TypeError, match=rf"^Token\.{fields[0]}\b"):
+        Token(id=7, **dict.fromkeys(fields, value))
+
+
+@pytest.mark.parametrize(
+    ("field", "unit"),
+    [
+        pytest.param("total_used", "", id="quota units"),
+        pytest.param("expires_at", r" of Unix seconds \(0: never\)", id="a time, or never"),
+        pytest.param("created_at", " of Unix seconds", id="a time"),
+    ],
+)
+def test_the_unit_of_a_wrong_field_is_told(field, unit):
+    with pytest.raises(TypeError, match=f" an int{unit}, got '2030-01-01'$"):
+        Token(**{field: "2030-01-01"})
 
 
 @pytest.mark.parametrize(
@@ -318,7 +350,7 @@ def test_a_key_that_a_client_can_send_is_taken(key):
     ],
 )
 def test_another_is_refused_without_being_shown(key, error):
-    with pytest.raises(error, match="key") as caught:
+    with pytest.raises(error, match="key" if isinstance(key, str) else f"key .* {type(key).__name__}$") as caught:
         check_key(key)
     assert "canary" not in str(caught.value)
     assert caught.value.__cause__ is caught.value.__context__ is None

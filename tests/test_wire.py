@@ -79,7 +79,7 @@ def test_the_path_is_below_the_prefix_of_a_mounted_application(app):
 @pytest.mark.parametrize(
     ("configured", "raw"),
     [
-        pytest.param("/quota", "/quota", id="plain"),
+        pytest.param("/quota/X", "/quota/X", id="plain"),
         pytest.param("/quota/", "/quota", id="a slash at its end makes no difference"),
         pytest.param("/", "", id="the root of a mounted application"),
         pytest.param("/caf\u00e9", "/caf\u00c3\u00a9", id="UTF-8, as PATH_INFO has it"),
@@ -93,7 +93,11 @@ def test_the_path_is_configurable(configured, raw):
 
 
 def test_path_info_may_be_absent():
-    assert UsageMiddleware(not_found, {})({"REQUEST_METHOD": "GET"}, lambda *_: None) == [b"the wrapped application"]
+    def answer(app):
+        return b"".join(app({"REQUEST_METHOD": "GET"}, lambda *_: None))
+
+    assert answer(UsageMiddleware(not_found, {})) == b"the wrapped application"
+    assert answer(UsageMiddleware(not_found, {}, path="/")) == refusal("No Authorization header")
 
 
 @pytest.mark.parametrize("authorization", [None, BEARER, "Bearer other", "nonsense"])
@@ -108,6 +112,7 @@ def test_options_needs_no_authorization(app):
     answer = ask(app, "OPTIONS")
     assert (answer.status, answer.reason, answer.body) == (204, "No Content", b"")
     assert answer.header("Allow") == "GET, HEAD, OPTIONS"
+    assert answer.header("Access-Control-Allow-Headers") == "Authorization, Content-Type"
     # RFC 9110 section 8.6: a 204 has no Content-Length.
     assert answer.header("Content-Length") is None
     assert answer.header("Content-Type") is None
@@ -194,7 +199,7 @@ def test_a_malformed_header_never_reaches_the_store(value, method):
 @pytest.mark.parametrize(
     ("written", "stripped"),
     [
-        pytest.param("k", "k", id="one character"),
+        pytest.param("X", "X", id="one character"),
         pytest.param("sk-k", "k", id="one character behind the prefix"),
         pytest.param("k" * 512, "k" * 512, id="512 characters"),
         pytest.param("sk-" + "k" * 509, "k" * 509, id="512 characters with the prefix"),
@@ -350,6 +355,22 @@ EVERY_ANSWER = [
 ]
 
 
+HEADERS = {
+    "Access-Control-Allow-Headers",
+    "Access-Control-Allow-Methods",
+    "Access-Control-Allow-Origin",
+    "Access-Control-Expose-Headers",
+    "Access-Control-Max-Age",
+    "Allow",
+    "Cache-Control",
+    "Content-Length",
+    "Content-Type",
+    "Retry-After",
+    "WWW-Authenticate",
+    "X-Content-Type-Options",
+}
+
+
 class OneTokenOrBroken:
     def get(self, key):
         if key == "broken":
@@ -373,6 +394,8 @@ def test_every_answer_has_these_headers(method, authorization, status):
     if status >= 400:
         assert list(answer.json) == ["success", "message"]
         assert answer.json["success"] is False
+    # No client may mind their case (RFC 9110 section 5.1); some that are written by hand do.
+    assert {name for name, _ in answer.headers} <= HEADERS
     for name, value in answer.headers:
         assert type(name) is str
         assert type(value) is str
@@ -435,17 +458,27 @@ def test_the_log_says_what_a_store_says_of_itself(caplog):
     assert "tokens.db is a directory" in caplog.text
 
 
+def test_the_log_says_what_a_store_returned(caplog):
+    ask(UsageMiddleware(not_found, Returns({"name": "a dict"})), authorization=BEARER)
+    assert "Returns failed: StoreError: get() returned dict" in caplog.text
+
+
 def test_the_log_shows_where_but_never_the_key(caplog):
     class Quotes:
         def get(self, key):
+            return self.find(key)
+
+        def find(self, key):
             try:
                 raise LookupError(f"no row for {key}")
             except LookupError as error:
                 raise StoreError(f"look-up of {key} failed") from error
 
     ask(UsageMiddleware(not_found, Quotes()), authorization=BEARER)
-    assert "Quotes failed: StoreError" in caplog.text
-    assert "test_wire.py" in caplog.text
+    first, *places = caplog.records[0].getMessage().splitlines()
+    assert first == "Quotes failed: StoreError"
+    assert re.fullmatch(r"  .+\btest_wire\.py:\d+ in get", places[-2])
+    assert re.fullmatch(r"  .+\btest_wire\.py:\d+ in find", places[-1])
     assert KEY not in caplog.text
 
 
@@ -500,6 +533,7 @@ def test_a_preflight_is_told_what_is_allowed():
         pytest.param("AUTHORIZATION,content-type", "", id="those that are always allowed"),
         pytest.param("x-a, X-A,x-b", ", x-a, x-b", id="each once"),
         pytest.param("x y, x:y, x\tz, (x), \xe9, x\x00, x\r\nset-cookie, ok", ", ok", id="only valid names"),
+        pytest.param(" x-a\t,\x0bx-b,x-c\xa0", ", x-a", id="only spaces and tabs around them"),
         pytest.param("!#$%&'*+-.^_`|~09azAZ", ", !#$%&'*+-.^_`|~09azAZ", id="all that a name may hold"),
     ],
 )

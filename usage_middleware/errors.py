@@ -25,7 +25,7 @@ class DamagedToken(StoreError):
     :param reason: what is wrong with it.
     """
 
-    def __init__(self, token_id: object, reason: str) -> None:
+    def __init__(self, token_id: int, reason: str) -> None:
         super().__init__(token_id, reason)
         self.token_id = token_id
         self.reason = reason

@@ -10,9 +10,10 @@ The order is the one in which a request goes through the package: authorization,
 from __future__ import annotations
 
 import logging
+import time
 import traceback
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from .authorization import bearer_key, has_authorization
 from .errors import StoreError
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 logger = logging.getLogger("usage_middleware")
+
+# A key is refused no sooner than so many seconds after the store was asked for it, or the time would tell a disabled
+# key, whose row is found and read, from an unknown one. By then a store in memory or on a local disk has answered.
+_REFUSED_AFTER: Final = 0.0005
+# What repr() and JSON put before or around the characters of a key.
+_QUOTING: Final = str.maketrans("", "", "\\'\"")
 
 
 class UsageMiddleware:
@@ -99,6 +106,7 @@ class UsageMiddleware:
             if not has_authorization(environ):
                 return responses.no_authorization
             return self._refuse(environ, responses, responses.invalid_bearer_token)
+        asked_at = time.perf_counter()
         try:
             token = self.store.get(key)
             if token is not None:
@@ -109,6 +117,7 @@ class UsageMiddleware:
         except Exception as error:
             logger.error("%s", _failure(self.store, error, key))
             return responses.service_unavailable
+        time.sleep(max(asked_at + _REFUSED_AFTER - time.perf_counter(), 0))
         return self._refuse(environ, responses, responses.token_not_found)
 
     def _refuse(self, environ: WSGIEnvironment, responses: Responses, refusal: Response) -> Response:
@@ -133,8 +142,17 @@ def _raw_paths(path: str) -> tuple[str, str]:
 def _failure(store: object, error: Exception, key: str) -> str:
     """What a store raised, as a text that does not hold ``key``, whatever the exception quotes."""
     text = f"{type(store).__name__} failed: {type(error).__qualname__}"
-    if isinstance(error, StoreError) and key not in str(error):
-        text += f": {error}"
+    if isinstance(error, StoreError):
+        text += _without(key, error)
     # Places, without source lines, values or the texts of chained exceptions.
     places = (f"\n  {f.filename}:{f.lineno} in {f.name}" for f in traceback.extract_tb(error.__traceback__))
     return text + "".join(places)
+
+
+def _without(key: str, error: StoreError) -> str:
+    """What the log says of an error beyond its type: its text, unless that holds ``key``, quoted in whatever way."""
+    try:
+        text = str(error)
+    except Exception:
+        return ""
+    return "" if key.translate(_QUOTING) in text.translate(_QUOTING) else f": {text}"

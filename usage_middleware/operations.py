@@ -164,7 +164,8 @@ def check_replay(operation: Operation, **arguments: object) -> None:
 def check_amount(amount: object, *, negative: bool = False) -> None:
     """:raises TypeError, ValueError: ``amount`` is no number of quota units."""
     if not isinstance(amount, int) or isinstance(amount, bool):
-        raise TypeError(f"an amount must be an int of quota units, got {amount!r}")
+        # Without the value, here and below: what is no amount may be a key in the wrong place.
+        raise TypeError(f"an amount must be an int of quota units, got {type(amount).__name__}")
     if not (-MAX_INTEGER if negative else 0) <= amount <= MAX_INTEGER:
         least = "-(2**63 - 1)" if negative else "0"
         raise ValueError(f"an amount must be {least} to 2**63 - 1 quota units, got {amount}")
@@ -173,7 +174,7 @@ def check_amount(amount: object, *, negative: bool = False) -> None:
 def check_text(what: str, text: object) -> None:
     """:raises TypeError, ValueError: ``text`` is nothing that every database takes for an identifier."""
     if not isinstance(text, str):
-        raise TypeError(f"{what} must be a str, got {text!r}")
+        raise TypeError(f"{what} must be a str, got {type(text).__name__}")
     if not 1 <= len(text) <= ID_MAX_LENGTH or "\0" in text:
         raise ValueError(f"{what} must be 1 to {ID_MAX_LENGTH} characters without NUL, got {text[:40]!r}")
     try:
@@ -185,6 +186,6 @@ def check_text(what: str, text: object) -> None:
 def check_seconds(what: str, seconds: object) -> None:
     """:raises TypeError, ValueError: ``seconds`` is no duration."""
     if not isinstance(seconds, (int, float)) or isinstance(seconds, bool):
-        raise TypeError(f"{what} must be a number of seconds, got {seconds!r}")
+        raise TypeError(f"{what} must be a number of seconds, got {type(seconds).__name__}")
     if not (0 < seconds < math.inf):
         raise ValueError(f"{what} must be more than 0 seconds, got {seconds!r}")

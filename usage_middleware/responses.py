@@ -48,11 +48,13 @@ class Responses:
         if vary:
             self._headers += (("Vary", "Origin"),)
         self._body_headers = (("Content-Type", "application/json; charset=utf-8"), *self._headers)
-        self.no_authorization = self._refusal("401 Unauthorized", "No Authorization header", challenge="Bearer")
+        self.no_authorization = self._refusal(
+            "401 Unauthorized", "No Authorization header", ("WWW-Authenticate", "Bearer")
+        )
         # RFC 6750 section 3.1: invalid_token is also the error of a token that is expired, revoked or malformed.
-        invalid_token = 'Bearer error="invalid_token"'
-        self.invalid_bearer_token = self._refusal("401 Unauthorized", "Invalid Bearer token", challenge=invalid_token)
-        self.token_not_found = self._refusal("401 Unauthorized", "token not found", challenge=invalid_token)
+        invalid_token = ("WWW-Authenticate", 'Bearer error="invalid_token"')
+        self.invalid_bearer_token = self._refusal("401 Unauthorized", "Invalid Bearer token", invalid_token)
+        self.token_not_found = self._refusal("401 Unauthorized", "token not found", invalid_token)
         self.method_not_allowed = self._refusal("405 Method Not Allowed", "Method Not Allowed", ("Allow", METHODS))
         self.service_unavailable = self._refusal(
             "503 Service Unavailable", "Service Unavailable", *self._retry_after(RETRY_AFTER)
@@ -81,9 +83,7 @@ class Responses:
             )
         return "204 No Content", headers, b""
 
-    def _refusal(self, status: str, message: str, *headers: Header, challenge: str = "") -> Response:
-        if challenge:
-            headers += (("WWW-Authenticate", challenge),)
+    def _refusal(self, status: str, message: str, *headers: Header) -> Response:
         body = json.dumps({"success": False, "message": message}, separators=(",", ":"))
         return self._with_body(status, body, *headers)
 

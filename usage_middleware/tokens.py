@@ -20,6 +20,7 @@ KEY_MAX_LENGTH: Final = 512
 # Visible ASCII (RFC 9110 section 5.5, VCHAR) without the comma, which joins two headers of one name into one value.
 KEY_PATTERN: Final = rf"[!-+\--~]{{1,{KEY_MAX_LENGTH}}}"
 
+_KEY: Final = re.compile(KEY_PATTERN)
 _KEY_ALPHABET: Final = string.ascii_letters + string.digits
 _KEY_LENGTH: Final = 48  # what public clients expect behind the prefix; 285 bits
 HINT_LENGTH: Final = 4
@@ -74,7 +75,7 @@ class Token:
             and type(self.name) is type(self.hint) is str
             and self.name.isascii()
             and self.hint.isascii()
-            and type(self.id) is int
+            and (type(self.id) is int or self.id is None)
         ):
             self._check_fields()
         # A copy: the token must not change with the mapping that it was made from.
@@ -192,7 +193,7 @@ def check_key(key: object) -> str:
     if not isinstance(key, str):
         raise TypeError(f"a key must be a str, got {type(key).__name__}")
     stripped = strip_prefix(key)
-    if not stripped or not re.fullmatch(KEY_PATTERN, key):
+    if not stripped or not _KEY.fullmatch(key):
         raise ValueError(
             f"a key must be 1 to {KEY_MAX_LENGTH} visible ASCII characters without a comma or a space, "
             f"with or without {KEY_PREFIX!r} in front"

@@ -9,66 +9,133 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import itertools
+import importlib.util
 import json
 import os
 import platform
 import sqlite3
+from pathlib import Path
 
 import click
-from comparing import Row, Table
-from measurements import MEASUREMENTS, Options
+import plots
+from comparing import PERCENTILES, Chart, Result, Row, Table
+from measurements import PARTS, Options
+from serving import SERVERS
+
+_PACKAGES = ("Werkzeug", "WhiteNoise", "Flask", "SQLAlchemy", "Django", "FastAPI", "granian", "gunicorn")
+_COUNT = click.IntRange(min=1)
 
 
-@click.command()
-@click.option("--rounds", default=50, show_default=True, type=click.IntRange(min=1), help="How often to compare.")
+@click.command(context_settings={"show_default": True})
+@click.option("--only", multiple=True, type=click.Choice(list(PARTS)), help="Measure this part; can be repeated.")
+@click.option("--rounds", default=20, type=_COUNT, help="How often to compare what takes microseconds.")
 @click.option(
-    "--tokens", default=100_000, show_default=True, type=click.IntRange(min=1), help="How many the database has."
+    "--long-rounds",
+    default=3,
+    type=_COUNT,
+    help="How often to compare frameworks, token counts, threads, HTTP, database servers.",
 )
+@click.option("--tokens", default=100_000, type=_COUNT, help="How many the database has.")
 @click.option(
-    "--writers", default=64, show_default=True, type=click.IntRange(min=1), help="How many processes charge at once."
+    "--tokens-most",
+    default=1_000_000,
+    type=click.IntRange(min=2_000),
+    help="The most in the part 'tokens'; 10,000,000 take two minutes to fill, and 1.3 GB.",
 )
+@click.option("--at-once", default=64, type=_COUNT, help="The most threads, or connections, that ask at once.")
 @click.option(
-    "--charges", default=50, show_default=True, type=click.IntRange(min=1), help="How often each of them does."
+    "--server", multiple=True, default=SERVERS, type=click.Choice(SERVERS), help="For the part 'http'; can be repeated."
+)
+@click.option("--writers", default=64, type=_COUNT, help="How many processes charge at once.")
+@click.option("--charges", default=50, type=_COUNT, help="How often each of them does.")
+@click.option("--import-tokens", default=100_000, type=_COUNT, help="How many the part 'import' imports.")
+@click.option(
+    "--plots",
+    "plots_directory",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Draw the parts 'tokens' and 'threads' as SVG files in this directory.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, for programs.")
-def main(rounds: int, tokens: int, writers: int, charges: int, as_json: bool) -> None:
-    """Measure what the package costs, side by side with other ways of doing the same."""
-    options = Options(rounds=rounds, tokens=tokens, writers=writers, charges=charges)
+def main(only: tuple[str, ...], plots_directory: Path | None, as_json: bool, **sizes: object) -> None:
+    """Measure what the package costs, side by side with other ways of doing the same.
+
+    Each table is one comparison, and its first row is the reference. The ratio is the median of those of the rounds;
+    lowest and highest tell how far they were apart. Latencies are medians over the rounds.
+    """
+    if plots_directory is not None:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise click.UsageError("--plots needs matplotlib: pip install -e '.[benchmarks]'")
+        plots_directory.mkdir(parents=True, exist_ok=True)
+    options = Options(**sizes)  # type: ignore[arg-type]
     conditions = {**_machine(), **dataclasses.asdict(options)}
-    tables = itertools.chain.from_iterable(measure(options) for measure in MEASUREMENTS)
+    if not as_json:
+        click.echo(", ".join(f"{name} {value}" for name, value in conditions.items()))
+    results: list[Result] = []
+    for part in PARTS:
+        if only and part not in only:
+            continue
+        for measure in PARTS[part]:
+            for result in measure(options):
+                results.append(result)
+                if isinstance(result, Chart) and plots_directory is not None:
+                    plots.draw(result, plots_directory)
+                if not as_json:
+                    _print(result)
     if as_json:
-        click.echo(json.dumps({"conditions": conditions, "tables": [_as_dict(table) for table in tables]}, indent=2))
-        return
-    click.echo(", ".join(f"{name} {value}" for name, value in conditions.items()))
-    for table in tables:
-        click.echo(f"\n{table.title}\n{'':52}{'per call':>10}{'ratio':>8}{'lowest':>8}{'highest':>9}{'budget':>8}")
-        for number, row in enumerate(table.rows):
-            click.echo(_line(row, is_reference=number == 0))
+        click.echo(json.dumps({"conditions": conditions, **_as_dict(results)}, indent=2))
 
 
-def _machine() -> dict[str, str | int | None]:
-    packages = ("Flask", "Werkzeug", "WhiteNoise")
+def _machine() -> dict[str, object]:
     return {
         platform.python_implementation(): platform.python_version(),
         "SQLite": sqlite3.sqlite_version,
-        **{package: importlib.metadata.version(package) for package in packages},
+        **{name: importlib.metadata.version(name) for name in _PACKAGES if importlib.util.find_spec(name.lower())},
         "machine": platform.machine(),
         "CPUs": os.cpu_count(),
+        "load before": round(os.getloadavg()[0], 2),
     }
 
 
-def _line(row: Row, *, is_reference: bool) -> str:
-    line = f"  {row.name:50}{row.seconds * 1e6:>7.3f} us"
-    if is_reference:
-        return line
-    line += f"{row.ratio:8.3f}{row.lowest:8.3f}{row.highest:9.3f}"
-    return line if row.budget is None else f"{line}{row.budget:8.3f}  {row.verdict}"
+def _print(result: Result) -> None:
+    if isinstance(result, str):
+        click.echo(f"\n{result}")
+    elif isinstance(result, Table):
+        heading = f"{'':50}{result.unit:>20}{'ratio':>8}{'lowest':>8}{'highest':>9}"
+        if any(row.budget for row in result.rows):
+            heading += f"{'budget':>8}"
+        if result.rows[0].latencies:
+            heading += "".join(f"{f'p{percentile:g} ms':>10}" for percentile in PERCENTILES)
+        click.echo(f"\n{result.title}\n{heading}")
+        for number, row in enumerate(result.rows):
+            click.echo(_line(row, result.unit, is_reference=number == 0))
 
 
-def _as_dict(table: Table) -> dict[str, object]:
+def _line(row: Row, unit: str, *, is_reference: bool) -> str:
+    line = f"  {row.name:48}{_value(row.value, unit):>20}"
+    line += " " * 25 if is_reference else f"{row.ratio:8.3f}{row.lowest:8.3f}{row.highest:9.3f}"
+    if row.budget is not None:
+        line += f"{row.budget:8.3f}  {row.verdict}"
+    line += "".join(f"{latency * 1e3:10.3f}" for latency in row.latencies)
+    return line.rstrip()
+
+
+def _value(value: float, unit: str) -> str:
+    if unit != "seconds per call":
+        return f"{value:,.0f}"
+    return f"{value:.3f} s" if value >= 0.1 else f"{value * 1e6:.3f} us"
+
+
+def _as_dict(results: list[Result]) -> dict[str, object]:
+    return {
+        "tables": [_table_as_dict(result) for result in results if isinstance(result, Table)],
+        "left_out": [result for result in results if isinstance(result, str)],
+    }
+
+
+def _table_as_dict(table: Table) -> dict[str, object]:
     return {
         "title": table.title,
+        "unit": table.unit,
         "rows": [{**dataclasses.asdict(row), "verdict": row.verdict or None} for row in table.rows],
     }
 

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import time
 import timeit
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from textwrap import indent
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 _CALLS = 100  # in a turn: few enough for their arguments to be in the processor's cache still, as a server's would be
 _TURNS = 20  # in a round
+_WARM_UP = 5  # turns
 
 
 class Contender:
@@ -29,6 +30,7 @@ class Contender:
     :param budget: the most that it may cost, as a multiple of the reference.
     :param clock: what is measured; :func:`time.perf_counter` where a call waits for the disk.
     :param calls: how many a turn has.
+    :param each: whether the statement is for one item; else it is for all ``items`` of a turn.
     :param names: what else the statement names.
     """
 
@@ -41,6 +43,7 @@ class Contender:
         budget: float | None = None,
         clock: Callable[[], float] = time.thread_time,
         calls: int = _CALLS,
+        each: bool = True,
         **names: Any,
     ) -> None:
         self.name = name
@@ -50,7 +53,7 @@ class Contender:
         # specialised for what it calls, and a loop that calls now this, now that would be slow for all of them.
         # It also keeps the garbage collector from running meanwhile.
         self._timer = timeit.Timer(
-            "for item in items:\n" + indent(statement, "    "),
+            "for item in items:\n" + indent(statement, "    ") if each else statement,
             "items = [make_item() for _ in range(calls)]",
             timer=clock,
             globals={**names, "make_item": make_item, "calls": calls},
@@ -61,16 +64,20 @@ class Contender:
         return self._timer.timeit(1) / self._calls
 
 
+PERCENTILES = (50.0, 90.0, 99.0, 99.9)
+
+
 @dataclass(frozen=True)
 class Row:
     """What was measured of one contender."""
 
     name: str
-    seconds: float  # of a call
+    value: float  # in the table's unit
     ratio: float = 1.0  # to the reference
     lowest: float = 1.0
     highest: float = 1.0
     budget: float | None = None
+    latencies: Sequence[float] = ()  # seconds, at the PERCENTILES
 
     @property
     def verdict(self) -> str:
@@ -85,6 +92,23 @@ class Table:
 
     title: str
     rows: Sequence[Row]
+    unit: str = "seconds per call"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Values over a number of something, as a line for each name."""
+
+    file_name: str
+    title: str
+    x_label: str
+    y_label: str
+    x_base: int  # of its logarithmic axis
+    lines: Mapping[str, Sequence[tuple[float, float]]]
+
+
+Result: TypeAlias = Table | Chart | str
+"""What a measurement yields; a text is a line of its own, such as one that says what was left out."""
 
 
 def compare(
@@ -99,35 +123,49 @@ def compare(
     :param baseline: what all of them do besides the thing that is measured. Its cost is taken off theirs.
     """
     compared = [reference, *others]
-    contenders = compared if baseline is None else [baseline, *compared]
-    _round(contenders)  # to warm up
-    costs: dict[Contender, list[float]] = {contender: [] for contender in compared}
-    for _ in range(rounds):
-        seconds = _round(contenders)
+    costs = measure(compared if baseline is None else [baseline, *compared], rounds=rounds)
+    if baseline is not None:
         for contender in compared:
-            costs[contender].append(seconds[contender] - (0.0 if baseline is None else seconds[baseline]))
-    rows = [Row(reference.name, median(costs[reference]))]
-    for contender in others:
-        ratios = [
-            cost / reference_cost for cost, reference_cost in zip(costs[contender], costs[reference], strict=True)
-        ]
-        rows.append(
-            Row(
-                contender.name,
-                median(costs[contender]),
-                median(ratios),
-                min(ratios),
-                max(ratios),
-                contender.budget,
-            )
-        )
-    return Table(title, rows)
+            costs[contender] = [cost - base for cost, base in zip(costs[contender], costs[baseline], strict=True)]
+    return table_of(title, [(contender.name, costs[contender], contender.budget) for contender in compared])
 
 
-def _round(contenders: Sequence[Contender]) -> dict[Contender, float]:
-    turns: dict[Contender, list[float]] = {contender: [] for contender in contenders}
-    for number in range(_TURNS):
-        first = number % len(contenders)
-        for contender in (*contenders[first:], *contenders[:first]):
-            turns[contender].append(contender.turn())
-    return {contender: median(seconds) for contender, seconds in turns.items()}
+def measure(contenders: Sequence[Contender], *, rounds: int) -> dict[Contender, list[float]]:
+    """The seconds of a call of each, round by round."""
+    _round(contenders, turns=_WARM_UP)
+    measured = [_round(contenders, turns=_TURNS) for _ in range(rounds)]
+    return {contender: [seconds[contender] for seconds in measured] for contender in contenders}
+
+
+def table_of(
+    title: str,
+    measured: Sequence[tuple[str, Sequence[float], float | None]],
+    *,
+    unit: str = "seconds per call",
+    latencies: Sequence[Sequence[float]] | None = None,
+) -> Table:
+    """A table of names, what was measured of each in every round, and budgets. The first is the reference."""
+    _, reference, _ = measured[0]
+    rows = []
+    for number, (name, values, budget) in enumerate(measured):
+        ratios = [value / reference_value for value, reference_value in zip(values, reference, strict=True)]
+        spread = (median(ratios), min(ratios), max(ratios))
+        rows.append(Row(name, median(values), *spread, budget, latencies[number] if latencies else ()))
+    return Table(title, rows, unit)
+
+
+def _round(contenders: Sequence[Contender], *, turns: int) -> dict[Contender, float]:
+    costs: dict[Contender, list[float]] = {contender: [] for contender in contenders}
+    for number in range(turns):
+        for contender in in_turn(contenders, number):
+            costs[contender].append(contender.turn())
+    return {contender: median(seconds) for contender, seconds in costs.items()}
+
+
+_Item = TypeVar("_Item")
+
+
+def in_turn(items: Sequence[_Item], number: int) -> Sequence[_Item]:
+    """The items in the order of a round: each time another goes first."""
+    first = number % len(items)
+    return (*items[first:], *items[:first])

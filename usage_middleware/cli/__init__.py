@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import click
 
-from . import check, ledger, manage, serve
+from . import check, formats, ledger, manage, serve, transfer
 from .common import remember_database
 
 
@@ -35,7 +35,7 @@ def commands(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for _command in (*manage.COMMANDS, *ledger.COMMANDS, *check.COMMANDS, *serve.COMMANDS):
+for _command in (*manage.COMMANDS, *ledger.COMMANDS, *transfer.COMMANDS, *check.COMMANDS, *serve.COMMANDS):
     commands.add_command(_command)
 
 
@@ -53,5 +53,5 @@ def main(args: Sequence[str] | None = None) -> None:
         message = "stopped"
     else:
         sys.exit(status if isinstance(status, int) else 0)
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    click.echo(f"Error: {formats.without_keys(' '.join(message.split()))}", err=True)
     sys.exit(2)

@@ -14,6 +14,7 @@ import click
 from ..errors import TokenNotFound, UsageError
 from ..stores import opening
 from ..stores.base import QuotaStore
+from ..stores.memory import MemoryTokenStore
 from ..stores.sqlite import SQLiteTokenStore
 from ..tokens import Token
 from . import formats
@@ -44,16 +45,27 @@ def database_option(command: _Command) -> _Command:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-token_id_argument = click.argument("token_id", metavar="ID", type=int)
+
+
+def _token_id(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        # Without the text, which may be a key in the wrong place.
+        raise click.BadParameter("an ID is a number; 'usage-middleware list' shows it") from None
+
+
+token_id_argument = click.argument("token_id", metavar="ID", type=_token_id)
 
 
 @contextmanager
-def open_store(*, create: bool = False) -> Iterator[QuotaStore]:
+def open_store(*, create: bool = False, read_only: bool = False) -> Iterator[QuotaStore]:
     """The store that ``--db`` names. What it refuses inside of the context becomes one line.
 
-    :param create: make a database, or its tables, where there are none.
+    :param create: make a database, or its tables, where there are none; where it is only read, an empty store stands
+        for them.
     """
-    with _in_one_line(), _open(create=create) as store:
+    with _in_one_line(), _open(create=create, read_only=read_only) as store:
         if isinstance(store, QuotaStore):
             yield store
         else:
@@ -66,7 +78,7 @@ def open_store(*, create: bool = False) -> Iterator[QuotaStore]:
 @contextmanager
 def open_token_store() -> Iterator[QuotaStore | NewAPITokenStore]:
     """The store that ``--db`` names, or one that only answers."""
-    with _in_one_line(), _open(create=False) as store:
+    with _in_one_line(), _open() as store:
         yield store
 
 
@@ -79,28 +91,33 @@ def _in_one_line() -> Iterator[None]:
         raise click.UsageError(str(error)) from None
 
 
-def _open(*, create: bool) -> QuotaStore | NewAPITokenStore:
+def _open(*, create: bool = False, read_only: bool = False) -> QuotaStore | NewAPITokenStore:
     database = click.get_current_context().meta.get(_DATABASE)
     if not database:
         raise click.UsageError("which database? Name it with --db DATABASE or in USAGE_MIDDLEWARE_DB")
     if database == "memory:":
         raise click.UsageError("a store in memory ends with the command; name a file or the URL of a database")
     path = opening.sqlite_path(database)
-    if path is not None and not create and not Path(path).exists():
-        raise click.UsageError(f"there is no database {path}; 'usage-middleware create' makes one")
+    if path is not None and not Path(path).exists():
+        if not create:
+            raise click.UsageError(f"there is no database {path}; 'usage-middleware create' makes one")
+        if read_only:
+            return MemoryTokenStore()
     try:
         if opening.is_new_api(database):
             new_api: NewAPITokenStore = opening.load("NewAPITokenStore")(database)
             return new_api
         if path is not None:
-            return SQLiteTokenStore(path)
+            return SQLiteTokenStore(path, read_only=read_only)
         store: SQLAlchemyTokenStore = opening.load("SQLAlchemyTokenStore")(database)
     except ImportError as error:
         raise click.UsageError(str(error)) from None
-    if not create and not store.has_tables():
-        store.close()
-        raise click.UsageError("this database has no tokens; 'usage-middleware create' makes the first")
-    return store
+    if (create and not read_only) or store.has_tables():
+        return store
+    store.close()
+    if create:
+        return MemoryTokenStore()
+    raise click.UsageError("this database has no tokens; 'usage-middleware create' makes the first")
 
 
 def print_key(key: str, token: Token, as_json: bool) -> None:

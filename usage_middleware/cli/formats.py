@@ -11,13 +11,14 @@ from itertools import chain, islice
 from typing import Any, Final
 
 from ..operations import Operation
-from ..tokens import Token
+from ..tokens import KEY_PREFIX, Token
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 * 86400}
 _DURATION: Final = re.compile(r"([0-9]+)\s*([smhdwy])", re.IGNORECASE)
 _INTEGER: Final = re.compile(r"-?[0-9]+")
 # A smaller number is rather a person's "30" than a second of the last century.
 _SMALLEST_TIME: Final = 10**9
+_KEY: Final = re.compile(rf"{KEY_PREFIX}[!-~]+")
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 STATES: Final = ("active", "exhausted", "expired", "disabled")
@@ -86,6 +87,11 @@ def state(token: Token, now: float) -> str:
 def printable(text: str) -> str:
     """``text`` without characters that would act on a terminal instead of being shown by it."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
+def without_keys(text: str) -> str:
+    """``text`` without what looks like a key, which people paste where it does not belong."""
+    return _KEY.sub(f"{KEY_PREFIX}…", text)
 
 
 def as_object(token: Token) -> dict[str, Any]:

@@ -6,15 +6,15 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import click
 from werkzeug.serving import WSGIRequestHandler, make_server, select_address_family
 from werkzeug.utils import ImportStringError, import_string
 
-from .formats import printable
+from .formats import printable, without_keys
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
@@ -25,7 +25,7 @@ class _RequestHandler(WSGIRequestHandler):
         # Without the query, where a key may stand although it should not, and without the size, which says nothing.
         path = getattr(self, "path", "").partition("?")[0]
         method = self.command or "-"
-        click.echo(f'{self.address_string()} "{printable(f"{method} {path}")}" {int(code)}', err=True)
+        click.echo(f'{self.address_string()} "{without_keys(printable(f"{method} {path}"))}" {int(code)}', err=True)
 
     def log_error(self, *_: Any) -> None:
         # The arguments quote what could not be understood, which may be a key in the wrong place.
@@ -55,7 +55,7 @@ def load_application(name: str) -> WSGIApplication:
 
 
 def serve(application: WSGIApplication, host: str, port: int, ready: Callable[[str], None]) -> None:
-    """Serves until the process is interrupted or asked to terminate.
+    """Serves until the process is interrupted or asked to terminate. To be called by the main thread.
 
     :param ready: is called with the server's URL when requests are taken.
     :raises OSError: the address cannot be had.
@@ -67,15 +67,17 @@ def serve(application: WSGIApplication, host: str, port: int, ready: Callable[[s
         server = make_server(
             host, port, application, threaded=True, request_handler=_RequestHandler, fd=listener.fileno()
         )
-    signal.signal(signal.SIGTERM, _interrupt)
+
+    def stop(*_: object) -> None:
+        # An exception that a handler raises is lost where Python ignores exceptions, in a finalizer say. It waits for
+        # the loop that this thread is in, so another has to ask for it.
+        threading.Thread(target=server.shutdown, daemon=True).start()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     shown = f"[{host}]" if ":" in host else host
     try:
         ready(f"http://{shown}:{port}")
-        with suppress(KeyboardInterrupt):
-            server.serve_forever()
+        server.serve_forever()
     finally:
         server.server_close()
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt

@@ -71,6 +71,11 @@ class QuotaStore(Ledger):
         """Up to ``size`` tokens with an id greater than ``after``, by id, each with its digest."""
 
     @abstractmethod
+    def taken(self, digests: Sequence[bytes]) -> set[bytes]:
+        """Those of ``digests`` (:func:`key_digest` of keys) that a token has here, or had: what :meth:`restore` leaves
+        alone. Reads only."""
+
+    @abstractmethod
     def close(self) -> None:
         """Gives up what the store holds. Closing twice is fine, using a closed store is a :class:`StoreError`."""
 
@@ -134,6 +139,10 @@ class QuotaStore(Ledger):
             for token, _ in page:
                 yield token
 
+    def count(self) -> int:
+        """How many tokens there are."""
+        return sum(1 for _ in self.tokens())
+
     def records(self) -> Iterator[TokenRecord]:
         """Every token with all that :meth:`restore` needs of it, by id, read as :meth:`tokens` reads them.
 
@@ -152,7 +161,7 @@ class QuotaStore(Ledger):
         :return: for each the id of the new token, or ``None`` where its key is in use here, or was before.
         :raises TypeError, ValueError: a record cannot be stored; no other is then.
         """
-        checked = [_check_record(record) for record in records]
+        checked = [check_record(record) for record in records]
 
         def work(transaction: Transaction) -> list[int | None]:
             ids = list(transaction.insert(checked))
@@ -233,7 +242,11 @@ class QuotaStore(Ledger):
         self.close()
 
 
-def _check_record(record: TokenRecord) -> TokenRecord:
+def check_record(record: TokenRecord) -> TokenRecord:
+    """The record itself, if every store can hold it.
+
+    :raises TypeError, ValueError: it cannot; the message names the field.
+    """
     token = record.token
     _check_storable(token)
     if token.total_used < 0:
@@ -250,9 +263,17 @@ def _check_record(record: TokenRecord) -> TokenRecord:
 
 def _check_storable(token: Token) -> None:
     """What every database holds: 64-bit integers, and text without NUL (which PostgreSQL refuses)."""
-    for field, unit in _INTEGERS.items():
-        if abs(getattr(token, field)) > MAX_INTEGER:
-            raise ValueError(f"{field} must be 0 to 2**63 - 1 {unit}, got {getattr(token, field)}")
+    # A token that is restored is one of many: the one expression is all that an ordinary one costs.
+    if not (
+        -MAX_INTEGER <= token.total_available <= MAX_INTEGER
+        and -MAX_INTEGER <= token.total_used <= MAX_INTEGER
+        and -MAX_INTEGER <= token.total_used + token.total_available <= MAX_INTEGER
+        and -MAX_INTEGER <= token.expires_at <= MAX_INTEGER
+        and -MAX_INTEGER <= token.created_at <= MAX_INTEGER
+    ):
+        for field, unit in _INTEGERS.items():
+            if abs(getattr(token, field)) > MAX_INTEGER:
+                raise ValueError(f"{field} must be 0 to 2**63 - 1 {unit}, got {getattr(token, field)}")
     if "\0" in token.name:
         raise ValueError("name must not contain NUL characters")
     for model, limit in token.model_limits.items():

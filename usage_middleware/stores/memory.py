@@ -66,6 +66,10 @@ class MemoryTokenStore(QuotaStore):
         with self._lock:
             return self._open().model_usage(first_id, last_id)
 
+    def taken(self, digests: Sequence[bytes]) -> set[bytes]:
+        with self._lock:
+            return self._open().taken(digests)
+
     def _open(self) -> _Content:
         """The content; the caller holds the lock."""
         if self._content is None:
@@ -115,6 +119,9 @@ class _Content:
 
     def model_usage(self, first_id: int, last_id: int) -> list[tuple[int, str, int]]:
         return [(i, *used) for i in range(first_id, last_id + 1) for used in self._usage.get(i, {}).items()]
+
+    def taken(self, digests: Sequence[bytes]) -> set[bytes]:
+        return {digest for digest in digests if digest in self._ids or digest in self._retired}
 
     # --- Transaction
 

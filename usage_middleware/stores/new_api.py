@@ -194,13 +194,20 @@ class _SQLiteFile(Database):
             _DIALECTS,
         )
         self.name = path
+        self._reading = self._engine  # Its connections begin no transactions.
 
     def _look(self, work: Callable[[Connection], _Result]) -> _Result:
         while True:
             with self._reading.connect() as connection:
-                result = work(connection)
                 reader = connection.connection.driver_connection
                 assert isinstance(reader, Reader)
+                try:
+                    result = work(connection)
+                except SQLAlchemyError:
+                    # Half of it as it was and half as it is now may look like a damaged file.
+                    if reader.is_true():
+                        raise
+                    continue
                 if reader.is_true():
                     return result
 
@@ -242,8 +249,7 @@ def _make_queries(connection: Connection) -> _Queries | None:
     user_columns = _columns(inspector, "users")
     if not token_columns.keys() >= set(_NEEDED):
         return None
-    # The columns have no type here: a parameter that is sent as text of another type than the column's is compared as
-    # PostgreSQL's text, for which the index of a column char(48) is of no use.
+    # Without types: what is a boolean in one database is a number, bits or text in another; the driver's value tells.
     tokens = table("tokens", *map(column, token_columns))
     users = table("users", *map(column, user_columns))
     is_there = tokens.c.deleted_at.is_(None) if "deleted_at" in token_columns else true()

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Final
 
-from ..errors import StoreError
+from ..errors import DamagedToken
 from ..operations import Operation
 from ..tokens import Token, encode_model_limits
 
@@ -44,7 +44,7 @@ OPERATION_COLUMNS: Final = (
 def token_of(row: Sequence[Any]) -> Token:
     """The token of a row that begins with its ``id`` and :data:`TOKEN_COLUMNS`.
 
-    :raises StoreError: the row is damaged: somebody else has written it.
+    :raises DamagedToken: somebody else has written it.
     """
     try:
         return Token(
@@ -61,7 +61,7 @@ def token_of(row: Sequence[Any]) -> Token:
             created_at=row[10],
         )
     except (TypeError, ValueError, RecursionError) as error:
-        raise StoreError(f"token {row[0]} is damaged in the database: {error}") from error
+        raise DamagedToken(row[0], str(error)) from error
 
 
 def token_values(token: Token) -> tuple[Any, ...]:

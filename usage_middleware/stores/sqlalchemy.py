@@ -13,6 +13,7 @@ from sqlalchemy import (
     bindparam,
     delete,
     exists,
+    func,
     insert,
     or_,
     select,
@@ -40,6 +41,7 @@ _by_id: Final = select(*_token_columns).where(tokens.c.id == bindparam("id"))
 # Whoever has the row's lock has the token (Transaction.load).
 _lock_by_digest: Final = _by_digest.with_for_update()
 _lock_by_id: Final = _by_id.with_for_update()
+_count: Final = select(func.count()).select_from(tokens)
 _page: Final = (
     select(*_token_columns, tokens.c.digest)
     .where(tokens.c.id > bindparam("after"))
@@ -164,11 +166,13 @@ class SQLAlchemyTokenStore(QuotaStore):
         rows = self._database.read(_model_usage, {"first": first_id, "last": last_id})
         return [(row.token_id, row.model, row.used) for row in rows]
 
-    def health(self) -> Iterator[Finding]:
-        from . import sql_health
-
+    def taken(self, digests: Sequence[bytes]) -> set[bytes]:
         self._prepare()
-        return iter(self._database.transact(lambda connection: list(sql_health.findings(connection))))
+        return {bytes(row.digest) for row in self._database.read(_taken, {"digests": list(digests)})}
+
+    def count(self) -> int:
+        self._prepare()
+        return int(self._database.read(_count)[0][0])
 
     def has_tables(self) -> bool:
         """Whether this store's tables are there. They are made at the first use; this makes none."""
@@ -176,6 +180,12 @@ class SQLAlchemyTokenStore(QuotaStore):
             return self._database.transact(sql_schema.is_current)
         except sql_schema.WrongTables as error:
             raise StoreError(f"{self._database.name} {error}") from None
+
+    def health(self) -> Iterator[Finding]:
+        from . import sql_health
+
+        self._prepare()
+        return iter(self._database.transact(lambda connection: list(sql_health.findings(connection))))
 
     def close(self) -> None:
         """Closes the connections, but for those of an engine that was handed in."""

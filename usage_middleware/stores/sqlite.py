@@ -23,6 +23,7 @@ _SYNCHRONOUS: Final = ("OFF", "NORMAL", "FULL", "EXTRA")  # sqlite.org/pragma.ht
 _SELECT: Final = f"SELECT id, {', '.join(TOKEN_COLUMNS)} FROM tokens"
 _BY_DIGEST: Final = f"{_SELECT} WHERE digest = ?"
 _BY_ID: Final = f"{_SELECT} WHERE id = ?"
+_TAKEN: Final = "SELECT 1 FROM tokens WHERE digest = ? UNION ALL SELECT 1 FROM retired_keys WHERE digest = ?"
 _PAGE: Final = f"SELECT id, {', '.join(TOKEN_COLUMNS)}, digest FROM tokens WHERE id > ? ORDER BY id LIMIT ?"
 # Adds nothing where the digest is taken. INSERT OR IGNORE would also ignore what else is wrong with a row.
 _INSERT: Final = (
@@ -133,6 +134,13 @@ class SQLiteTokenStore(QuotaStore):
         from . import sqlite_health
 
         return sqlite_health.findings(self._path)
+
+    def taken(self, digests: Sequence[bytes]) -> set[bytes]:
+        return {digest for digest in digests if self._connections.read(_TAKEN, (digest, digest))}
+
+    def count(self) -> int:
+        ((count,),) = self._connections.read("SELECT count(*) FROM tokens", ())
+        return int(count)
 
     def close(self) -> None:
         self._connections.close()

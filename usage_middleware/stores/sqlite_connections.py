@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 from ..errors import StoreError
 
 _MINIMUM_VERSION: Final = (3, 37)  # STRICT tables (sqlite.org/stricttables.html)
-_MOST_IDLE: Final = 32  # a connection more than these is closed when its thread is done with it
+_MOST_IDLE: Final = 64  # a connection more than these is closed when its thread is done with it
 _CHECK_INTERVAL: Final = 1.0  # seconds in which readers do not look whether the file is still the same
 # Seconds between two attempts at a lock, on the average. Shorter ones cost more, with many who wait, than they gain.
 _PAUSE: Final = 0.004

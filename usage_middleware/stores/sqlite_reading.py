@@ -11,7 +11,7 @@ import os
 import sqlite3
 import threading
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from ..errors import StoreError
 
@@ -125,14 +125,19 @@ def columns(path: str, table: str) -> set[str]:
 
     :raises StoreError: the file cannot be opened.
     """
-    try:
-        reader = connect(path)
+    while True:
         try:
-            rows: list[Any] = reader.execute("SELECT name FROM pragma_table_info(?)", (table,)).fetchall()
+            reader = connect(path)
+        except sqlite3.Error as error:
+            raise StoreError(f"{path} failed: {error}") from error
+        try:
+            rows = reader.execute("SELECT name FROM pragma_table_info(?)", (table,)).fetchall()
+            if reader.is_true():
+                return {name for (name,) in rows}
+        except sqlite3.Error as error:
+            if "not a database" in str(error):
+                return set()
+            if reader.is_true():
+                raise StoreError(f"{path} failed: {error}") from error
         finally:
             reader.close()
-    except sqlite3.Error as error:
-        if "not a database" in str(error):
-            return set()
-        raise StoreError(f"{path} failed: {error}") from error
-    return {name for (name,) in rows}

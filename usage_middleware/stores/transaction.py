@@ -113,7 +113,10 @@ def give_back_lapsed(transaction: Transaction, token: Token, now: float) -> Toke
 
 
 def give_back_all_lapsed(transaction: Transaction, before: float, now: float, size: int) -> int:
-    """Gives back what up to ``size`` reservations hold that lapsed until ``before``; returns how many it was."""
+    """Gives back what reservations hold that lapsed until ``before``, of the tokens of the first ``size`` of them.
+
+    Returns how many of those ``size`` there were: 0 where nothing is left to give back.
+    """
     lapsed = transaction.lapsed_before(before, size)
     for token_id in sorted({operation.token_id for operation in lapsed}):
         token = transaction.load(token_id)
@@ -138,5 +141,6 @@ def can_exist(token_id: object) -> bool:
     :raises TypeError: it is no ``int``.
     """
     if not isinstance(token_id, int) or isinstance(token_id, bool):
-        raise TypeError(f"a token id must be an int, got {token_id!r}")
+        # Without the value, which may be a key in the wrong place.
+        raise TypeError(f"a token id must be an int, got {type(token_id).__name__}")
     return 0 < token_id <= MAX_INTEGER

@@ -17,6 +17,7 @@ from ..operations import MAX_INTEGER
 from ..stores.base import QuotaStore
 from ..tokens import Token
 from .ledger import LedgerContract
+from .records import RecordsContract
 from .token_store import THREADS, TokenStoreContract, ask
 
 # No client can send these, but a host may ask for them: a padding collation and C strings that end at NUL.
@@ -80,7 +81,7 @@ _BAD_KEYS = [
 _BAD_IDS = [pytest.param(bad, id=repr(bad)) for bad in ("1", 1.0, True, None)]
 
 
-class QuotaStoreContract(LedgerContract, TokenStoreContract):
+class QuotaStoreContract(LedgerContract, RecordsContract, TokenStoreContract):
     """What hosts and operators rely upon in a :class:`QuotaStore`. The store that is made must be empty."""
 
     def make_store(self, tmp_path: Path) -> QuotaStore:

@@ -1,0 +1,40 @@
+"""What test_openapi.py has schemathesis load: the keys that it sends, and what a JSON schema cannot say of a body.
+
+``KEYS`` holds the keys, separated by spaces. A JSON schema takes 1000.0 for an integer, as JSON knows only numbers;
+clients in typed languages do not.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from typing import NoReturn
+
+import schemathesis
+
+_keys = itertools.cycle(os.environ["KEYS"].split())
+
+
+# Without an interval each request asks anew, so that all keys are sent.
+@schemathesis.auth(refresh_interval=None)
+class KnownKeys:
+    def get(self, case, context):
+        return next(_keys)
+
+    def set(self, case, key, context):
+        case.headers["Authorization"] = f"Bearer {key}"
+
+
+def _refuse(text: str) -> NoReturn:
+    raise AssertionError(f"{text} is no integer")
+
+
+@schemathesis.check
+def bodies_are_compact_and_of_integers(context, response, case):
+    if response.content:
+        body = json.loads(response.content, parse_float=_refuse, parse_constant=_refuse)
+        assert response.content == json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+        if "data" in body:
+            data = body["data"]
+            assert data["total_granted"] == data["total_used"] + data["total_available"]
