@@ -361,6 +361,7 @@ class MariaDB(Server):
             "--skip-name-resolve",
             # The machine need not be able to look up its own name.
             "--force",
+            f"--tmpdir={self.directory}",
             *self._settings,
         )
 
@@ -373,6 +374,8 @@ class MariaDB(Server):
             "--bind-address=127.0.0.1",
             f"--port={self.port}",
             "--socket=",
+            # In one for all, another server that starts removes what it takes for left over.
+            f"--tmpdir={self.directory}",
             "--skip-name-resolve",
             *self._settings,
         ]
@@ -414,7 +417,8 @@ class Database:
         self.server = server
         self.url = url
         self.is_mysql = isinstance(server, MariaDB)
-        # Not the store's driver settings: each statement is committed.
+        self._names: list[str] = []
+        # Each statement is committed.
         self.engine = create_engine(url, isolation_level="AUTOCOMMIT", execution_options={"no_parameters": True})
 
     def execute(self, *statements: str) -> list[Any]:
@@ -428,8 +432,10 @@ class Database:
 
     def empty(self) -> None:
         """Takes every row out of the tables of a store, but for the version that they have."""
-        names = [name for name in inspect(self.engine).get_table_names() if name.startswith("usage_")]
-        self.execute(*(f"DELETE FROM {name}" for name in names if name != "usage_schema"))
+        if not self._names:
+            names = [name for name in inspect(self.engine).get_table_names() if name.startswith("usage_")]
+            self._names = [name for name in names if name != "usage_schema"]
+        self.execute(*(f"DELETE FROM {name}" for name in self._names))
 
 
 @contextmanager

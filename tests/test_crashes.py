@@ -1,8 +1,8 @@
 """What a crash or a failing disk does to the ledger: a call is whole, or it never was.
 
 Writers to every store are killed, and the servers of those that have one. Of a :class:`SQLiteTokenStore`, the
-write-ahead log is torn, every statement fails once, and the disk is full. Each test is small by default and has its full
-size with ``--full``.
+write-ahead log is torn, every statement fails once, and the disk is full. Each test is small by default and has its
+full size with ``--full``.
 """
 
 import functools
@@ -175,10 +175,8 @@ def test_a_writer_that_is_killed(store_text, full, lanes, lives, all_lives):
 def charge_until_acknowledged(store, key, name, done):
     """Charges again and again, and repeats each charge until it returns. Returns how many did, and how many were
     repeated."""
-    repeated = 0
-    for number in itertools.count():
-        if done.is_set():
-            return number, repeated
+    number = repeated = 0
+    while not done.is_set():
         while True:
             try:
                 store.charge(key, 1, model="gpt-4o", operation_id=f"{name}/{number}")
@@ -186,6 +184,8 @@ def charge_until_acknowledged(store, key, name, done):
             except StoreError:
                 repeated += 1
                 time.sleep(0.01)
+        number += 1
+    return number, repeated
 
 
 def test_a_server_that_is_killed(disposable_server, full):

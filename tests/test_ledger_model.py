@@ -9,6 +9,7 @@ The test is small by default and has its full size with ``--full``.
 import itertools
 import shutil
 
+import databases
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from sqlalchemy import create_engine
 
 from usage_middleware import (
     MemoryTokenStore,
@@ -28,6 +30,7 @@ from usage_middleware import (
     OperationNotFound,
     QuotaError,
     QuotaExceeded,
+    SQLAlchemyTokenStore,
     SQLiteTokenStore,
     Token,
     TokenDisabled,
@@ -507,11 +510,34 @@ def outcome(ledger, method, arguments):
         return type(error)
 
 
-@pytest.fixture(params=["memory", "sqlite"])
-def make_store(request, tmp_path):
+def over_a_server(server):
+    """Makes stores over one database, which is emptied for each, and over one engine: to connect takes longer."""
+    with databases.shared(server) as database:
+        engine = create_engine(database.url)
+
+        def make():
+            database.empty()
+            return SQLAlchemyTokenStore(engine)
+
+        make().find(1)
+        yield make
+        engine.dispose()
+
+
+@pytest.fixture(params=["memory", "sqlite", *databases.KINDS])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def make_store(kind, request, tmp_path):
     """Makes an empty store, as often as it is called."""
-    if request.param == "memory":
-        return MemoryTokenStore
+    if kind in databases.KINDS:
+        yield from over_a_server(request.getfixturevalue(kind))
+        return
+    if kind == "memory":
+        yield MemoryTokenStore
+        return
     empty, path = tmp_path / "empty.db", tmp_path / "tokens.db"
     with SQLiteTokenStore(empty) as store:
         assert list(store.tokens()) == []
@@ -521,15 +547,17 @@ def make_store(request, tmp_path):
         # What is tested is logic: nothing need reach the disk.
         return SQLiteTokenStore(path, synchronous="OFF")
 
-    return make
+    yield make
 
 
-def test_a_store_does_what_the_model_does(make_store, full):
+def test_a_store_does_what_the_model_does(kind, make_store, full):
     steps = itertools.count()
+    # A server takes longer for each, and the rules are the same.
+    smaller = 20 if kind in databases.KINDS else 1
     run_state_machine_as_test(
         lambda: Machine(make_store, steps),
         settings=settings(
-            max_examples=FULL_EXAMPLES if full else EXAMPLES,
+            max_examples=(FULL_EXAMPLES if full else EXAMPLES) // smaller,
             stateful_step_count=STEPS_OF_AN_EXAMPLE,
             deadline=None,
             # The same examples in each small run, so that it fails for a change only; others in each full one.
@@ -541,4 +569,4 @@ def test_a_store_does_what_the_model_does(make_store, full):
     )
     taken = next(steps)
     print(f"{taken:,} steps")
-    assert taken >= (FULL_STEPS if full else STEPS)
+    assert taken >= (FULL_STEPS if full else STEPS) // smaller

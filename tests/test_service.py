@@ -99,10 +99,11 @@ def command(store_text):
 
     def run(*arguments):
         return subprocess.run(
-            [sys.executable, "-m", "usage_middleware.cli", "--db", store_text, *arguments],
+            [sys.executable, "-c", "from usage_middleware.cli import main; main()", *arguments],
             capture_output=True,
             text=True,
             check=True,
+            env={**os.environ, "USAGE_MIDDLEWARE_DB": store_text},
             cwd=TESTS.parent,
         ).stdout
 
@@ -110,7 +111,7 @@ def command(store_text):
 
 
 def test_a_service_over_any_store(service, command):
-    made = command("create", "--name", "Grüne Bohne", "--quota", "1000", "--model", "gpt-4o=600")
+    made = command("create", "--name", "Grüne Bohne", "--quota", "1000", "--model-limit", "gpt-4o=600")
     key = re.search(r"sk-\w+", made)[0]
     expected = {
         "object": "token_usage",
