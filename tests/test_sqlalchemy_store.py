@@ -416,11 +416,11 @@ def test_no_error_shows_a_secret(database, store):
     for text in shown:
         for secret in (
             key,
-            digest.hex(),
+            digest.hex()[:16],  # PostgreSQL shows the beginning of long values
             repr(digest),
             databases.PASSWORD,
             BROUGHT,
-            key_digest(BROUGHT).hex(),
+            key_digest(BROUGHT).hex()[:16],
         ):
             assert secret not in text
             assert secret.upper() not in text
