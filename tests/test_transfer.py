@@ -629,8 +629,13 @@ def feed(pipe, texts):
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_the_same_command_goes_on_where_one_was_stopped(run, db, kill):
     command = [SCRIPT, "import", "--format", "csv", "-"]
+
+    def heed_interrupts():
+        # A shell lets its background jobs, such as this test run, ignore them, and their children inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     with (
-        subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_interrupts) as process,
         ThreadPoolExecutor(1) as feeder,
     ):
         try:
