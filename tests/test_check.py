@@ -76,6 +76,7 @@ def empty_index(path):
     ("break_", "status", "line"),
     [
         pytest.param(lambda path: path.chmod(0o666), 1, "PROBLEM permissions are 666", id="everybody writes"),
+        pytest.param(lambda path: path.chmod(0o660), 0, "ok      permissions are 660", id="a group writes"),
         pytest.param(lambda path: path.chmod(0o644), 0, "warning permissions are 644", id="everybody reads"),
         pytest.param(
             lambda path: sql(path, "PRAGMA journal_mode = DELETE"), 1, "PROBLEM journal mode is 'delete'", id="no WAL"
