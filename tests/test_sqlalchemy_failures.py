@@ -214,7 +214,9 @@ print("charged")
         pytest.param("threads", 20 + 240, id="while threads charge"),
     ],
 )
-def test_a_store_that_was_used_may_be_forked(database, store, how, charges, own):
+def test_a_store_that_was_used_may_be_forked(database, store, how, charges, own, full):
+    if not full and own == "engine" and how not in ("fork", "threads"):
+        pytest.skip("run with --full")
     key, token = create(store)
     ask_for = "SELECT connection_id()" if database.is_mysql else "SELECT pg_backend_pid()"
     command = [sys.executable, "-X", "dev", "-W", "error", "-W", "ignore:This process:DeprecationWarning"]
