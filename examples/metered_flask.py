@@ -16,14 +16,7 @@ import uuid
 from flask import Flask, request
 from werkzeug.exceptions import BadRequest, Conflict, Unauthorized
 
-from usage_middleware import (
-    OperationConflict,
-    QuotaError,
-    QuotaExceeded,
-    SQLiteTokenStore,
-    UsageMiddleware,
-    bearer_key,
-)
+from usage_middleware import OperationConflict, QuotaError, QuotaExceeded, SQLiteTokenStore, UsageMiddleware, bearer_key
 
 MODEL = "shout-1"
 MOST_CHARACTERS = 1000  # what one request may cost at most: a quota unit for each character

@@ -7,7 +7,7 @@ import pytest
 pytest.register_assert_rewrite("usage_middleware.testing")
 
 from usage_middleware import MemoryTokenStore, SQLiteTokenStore, Token  # noqa: E402 - after the line above
-from usage_middleware.tokens import with_prefix  # noqa: E402
+from usage_middleware.keys import with_prefix  # noqa: E402
 
 
 class Host:

@@ -8,7 +8,7 @@ import pytest
 
 from usage_middleware import SQLiteTokenStore, open_store
 from usage_middleware.cli import main
-from usage_middleware.stores.sqlite_health import has_wal_reset_bug
+from usage_middleware.stores.sqlite.sqlite_health import has_wal_reset_bug
 
 
 @pytest.fixture

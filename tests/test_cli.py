@@ -389,11 +389,11 @@ WRONG = [
     (["serve"], "--path usage", "path must begin with '/'"),
     (["serve"], "--allow-origin app.example", "allow_origins must hold origins"),
     (["serve"], "--allow-origin https://app.example --no-cors", "exclude each other"),
-    (["serve"], "--failure-limit often", "failure_limit must be one limit such as '20 per 20 minutes'"),
+    (["serve"], "--failure-limit often", "throttle must be one limit such as '20 per 20 minutes'"),
     (
         ["serve"],
         "--failure-limit 5/hour --failure-storage http://:canary@host",
-        "failure_storage must be a storage URI",
+        "throttle_storage must be a storage URI",
     ),
     (["serve"], "--failure-storage memory://", "--failure-storage needs a --failure-limit"),
     (["serve"], "--port 65536", "range"),
@@ -662,7 +662,7 @@ def test_serve_names_the_extra_that_a_limit_needs(db, monkeypatch):
     run("create")
     monkeypatch.setitem(sys.modules, "limits", None)
     _, err = run("serve", "--failure-limit", "3 per minute", status=2)
-    assert err == "Error: failure_limit needs the package limits: pip install 'usage-middleware[throttle]'\n"
+    assert err == "Error: throttle needs the package limits: pip install 'usage-middleware[throttle]'\n"
 
 
 def test_a_port_that_is_taken(db):

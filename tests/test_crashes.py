@@ -32,7 +32,7 @@ import pytest
 
 import usage_middleware
 from usage_middleware import QuotaExceeded, SQLiteTokenStore, StoreError
-from usage_middleware.tokens import strip_prefix
+from usage_middleware.keys import strip_prefix
 
 NOW = 1_800_000_000.0
 AN_HOUR = 3600

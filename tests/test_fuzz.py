@@ -22,7 +22,7 @@ CONFIGURATIONS = [
     {"allow_origins": (), "path": "/caf\u00e9"},
     {"path": "/"},
     # So many that nobody is refused: it is there to read who asks.
-    {"failure_limit": "1000000000 per day"},
+    {"throttle": "1000000000 per day"},
 ]
 RAW_PATHS = ["/api/usage/token", "/api/usage/token", "/caf\xc3\xa9", "", "/api/usage/token"]
 VISIBLE = "".join(map(chr, range(0x21, 0x7F)))

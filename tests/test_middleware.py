@@ -344,10 +344,10 @@ UsageMiddleware(app, tokens, allow_origins=["https://app.example"])
 UsageMiddleware(app, tokens, allow_origins=frozenset(("https://app.example",)))
 UsageMiddleware(app, tokens, allow_origins=())
 UsageMiddleware(app, tokens, allow_origins=None)  # type: ignore[arg-type]
-UsageMiddleware(app, tokens, failure_limit="20 per 20 minutes", failure_storage="redis://localhost:6379")
-UsageMiddleware(app, tokens, failure_limit=None)
-UsageMiddleware(app, tokens, failure_limit=20)  # type: ignore[arg-type]
-UsageMiddleware(app, tokens, failure_storage=None)  # type: ignore[arg-type]
+UsageMiddleware(app, tokens, throttle="20 per 20 minutes", throttle_storage="redis://localhost:6379")
+UsageMiddleware(app, tokens, throttle=None)
+UsageMiddleware(app, tokens, throttle=20)  # type: ignore[arg-type]
+UsageMiddleware(app, tokens, throttle_storage=None)  # type: ignore[arg-type]
 UsageMiddleware(app, tokens, "/usage")  # type: ignore[call-arg]
 
 wrapped: WSGIApplication = UsageMiddleware(UsageMiddleware(app, tokens), tokens, path="/other")

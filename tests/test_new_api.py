@@ -28,10 +28,11 @@ from usage_middleware import (
     Token,
     UsageMiddleware,
 )
-from usage_middleware.stores import new_api, sqlite_reading
+from usage_middleware.keys import key_digest
+from usage_middleware.stores.new_api import new_api_store
 from usage_middleware.stores.opening import is_new_api
+from usage_middleware.stores.sqlite import reading
 from usage_middleware.testing import TokenStoreContract
-from usage_middleware.tokens import key_digest
 
 # --- A database of new-api
 
@@ -239,7 +240,7 @@ def test_a_row_is_a_token(rows, case):
 
 
 def test_records_are_all_that_are_not_deleted(rows, monkeypatch):
-    monkeypatch.setattr(new_api, "_PAGE_SIZE", 3)
+    monkeypatch.setattr(new_api_store, "_PAGE_SIZE", 3)
     shown = [case for case in ROWS if case != "deleted"]
     with NewAPITokenStore(rows.url) as store:
         records = list(store.records())
@@ -693,7 +694,7 @@ def test_a_writer_is_waited_for(sqlite_gateway, monkeypatch):
         release.start()
         assert store.get(KEY).total_used == 1
         release.join()
-        monkeypatch.setattr(sqlite_reading, "_TIMEOUT", 0.05)
+        monkeypatch.setattr(reading, "_TIMEOUT", 0.05)
         writer.execute("BEGIN EXCLUSIVE")
         with pytest.raises(StoreError, match="locked"):
             store.get(KEY)
@@ -761,12 +762,12 @@ def test_a_reader_among_writes_sees_whole_transactions(sqlite_gateway, mode, wha
 def test_a_writer_that_comes_while_it_is_read(sqlite_gateway, monkeypatch, writer_stays):
     path = sqlite_gateway.engine.url.database
     use_wal(path)
-    connect = sqlite_reading.connect
+    connect = reading.connect
     unfinished = []
     with contextlib.ExitStack() as stack, NewAPITokenStore(path) as store:
 
         def connect_before_a_write(path):
-            monkeypatch.setattr(sqlite_reading, "connect", connect)
+            monkeypatch.setattr(reading, "connect", connect)
             reader = connect(path)
             unfinished.append(reader.execute("SELECT used_quota FROM tokens"))  # it keeps the pages
             assert unfinished[0].fetchone() == (12345,)
@@ -778,7 +779,7 @@ def test_a_writer_that_comes_while_it_is_read(sqlite_gateway, monkeypatch, write
             return reader
 
         store.get(KEY)
-        monkeypatch.setattr(sqlite_reading, "connect", connect_before_a_write)
+        monkeypatch.setattr(reading, "connect", connect_before_a_write)
         assert store.get(KEY).total_used == 1
 
 
@@ -842,14 +843,14 @@ def test_connections_and_descriptors_do_not_add_up(sqlite_gateway):
             with NewAPITokenStore(path) as other:
                 other.get(KEY)
         assert len(os.listdir("/proc/self/fd")) == before
-        assert not sqlite_reading._readers
+        assert not reading._readers
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_fork_while_another_thread_reads(sqlite_gateway):
     path = sqlite_gateway.engine.url.database
     with NewAPITokenStore(path) as store:
-        reader = sqlite_reading.connect(path)
+        reader = reading.connect(path)
         reader.execute("SELECT * FROM tokens")
         assert "was being read when this process was forked" in forked(lambda: store.get(KEY))
         reader.close()

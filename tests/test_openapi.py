@@ -181,7 +181,7 @@ def test_every_answer_is_described(method, status, headers, origin, allow_origin
 
 def throttled(method="GET", path=PATH, **options):
     """The answer to a client that has sent a wrong key too often."""
-    app = UsageMiddleware(not_found, Store(), failure_limit="1 per hour", **options)
+    app = UsageMiddleware(not_found, Store(), throttle="1 per hour", **options)
     asked = environ(method, path, HTTP_AUTHORIZATION="Bearer unknown", HTTP_ORIGIN=ORIGIN, REMOTE_ADDR="127.0.0.1")
     # From the second on in an hour; the hour may end in between.
     answers = (call(app, dict(asked)) for _ in range(4))

@@ -30,7 +30,7 @@ from test_servers import GUNICORN, check_log, started
 from traffic import CONNECTIONS, START_WITHIN, Request, Seen, ask_all, mix, operate, percentile, start, usage
 
 from usage_middleware import SQLiteTokenStore, StoreError, UsageMiddleware
-from usage_middleware.tokens import strip_prefix
+from usage_middleware.keys import strip_prefix
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="/proc says what a process holds")
 

@@ -18,9 +18,10 @@ import pytest
 from sqlalchemy import NullPool, create_engine, make_url
 
 from usage_middleware import QuotaExceeded, SQLAlchemyTokenStore, StoreError, Token
-from usage_middleware.stores import sql_schema
+from usage_middleware.keys import key_digest
+from usage_middleware.stores.sql import sql_schema
 from usage_middleware.testing import QuotaStoreContract
-from usage_middleware.tokens import TokenRecord, key_digest
+from usage_middleware.tokens import TokenRecord
 
 MOST = 2**63 - 1
 

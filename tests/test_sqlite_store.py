@@ -27,9 +27,9 @@ import pytest
 from client import ask
 
 from usage_middleware import SQLiteTokenStore, StoreError, Token, UsageMiddleware
-from usage_middleware.stores import sqlite_connections
+from usage_middleware.keys import key_digest, strip_prefix
+from usage_middleware.stores.sqlite import connections
 from usage_middleware.testing import QuotaStoreContract
-from usage_middleware.tokens import key_digest, strip_prefix
 
 SUFFIXES = ("", "-wal", "-shm")  # of the database and the files that SQLite keeps next to it (sqlite.org/wal.html)
 
@@ -96,7 +96,7 @@ def open_files(path):
     return files
 
 
-def connections(path):
+def count_connections(path):
     """How many connections to the database this process has. Each has the log open for itself."""
     return list(open_files(path).values()).count(f"{path}-wal")
 
@@ -879,12 +879,12 @@ def test_connections_are_as_many_as_are_needed_at_once(path):
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
         assert {answer.result()[1].name for answer in answers} == {str(number) for number in range(80)}
-        assert 1 <= connections(path) <= 64
+        assert 1 <= count_connections(path) <= 64
         at_most = len(open_files(path))
         for _ in range(5):
             list(pool.map(store.get, ["no-such-key"] * 640))
         assert len(open_files(path)) <= at_most
-        assert connections(path) <= 64
+        assert count_connections(path) <= 64
     assert open_files(path) == {}
 
 
@@ -905,7 +905,7 @@ def test_a_thread_for_each_request_leaks_nothing(path, store):
 def test_a_store_that_nobody_has_any_more_gives_its_files_back(path):
     store = SQLiteTokenStore(path)
     use_two_connections(store, create(store)[0])
-    assert connections(path) == 2
+    assert count_connections(path) == 2
     del store
     gc.collect()
     assert open_files(path) == {}
@@ -1186,7 +1186,7 @@ def fork_in_the_middle(path, method, key):
 
     # The fork is to come while the thread sleeps until it asks for the lock again: in the middle of SQLite's code it
     # could find a mutex of the whole library locked, which no store can help.
-    sqlite_connections.time = types.SimpleNamespace(monotonic=time.monotonic, sleep=sleep)
+    connections.time = types.SimpleNamespace(monotonic=time.monotonic, sleep=sleep)
     thread = threading.Thread(target=getattr(store, method), args=[key] if method == "get" else [])
     thread.start()
     assert asleep.wait(30)

@@ -21,7 +21,8 @@ from contextlib import contextmanager, suppress
 import pytest
 from client import PATH, ask, call, environ
 
-from usage_middleware import StoreError, Token, UsageMiddleware, throttle
+from usage_middleware import StoreError, Token, UsageMiddleware
+from usage_middleware.wsgi import throttle
 
 KEY = "k3y"
 BEARER = f"Bearer {KEY}"
@@ -63,7 +64,7 @@ def clock(monkeypatch):
 def make_app(limit=LIMIT, storage="memory://", store=None, **options):
     tokens = {KEY: Token(name="One"), "disabled": Token(enabled=False)}
     store = tokens if store is None else store
-    return UsageMiddleware(not_found, store, failure_limit=limit, failure_storage=storage, **options)
+    return UsageMiddleware(not_found, store, throttle=limit, throttle_storage=storage, **options)
 
 
 def guess(app, authorization=WRONG, address=ADDRESS, **variables):
@@ -230,7 +231,7 @@ def test_without_a_limit_nobody_is_throttled():
 
 
 def test_failures_are_counted_in_the_process_where_nothing_else_is_said():
-    app = UsageMiddleware(not_found, {}, failure_limit="3 per hour")
+    app = UsageMiddleware(not_found, {}, throttle="3 per hour")
     assert statuses(app, 5) == [401, 401, 401, 429, 429]
 
 
@@ -438,7 +439,7 @@ GUESSING_PROCESS = """
 import sys
 from client import ask
 from usage_middleware import UsageMiddleware
-app = UsageMiddleware(None.__class__, {}, failure_limit=sys.argv[1], failure_storage=sys.argv[2])
+app = UsageMiddleware(None.__class__, {}, throttle=sys.argv[1], throttle_storage=sys.argv[2])
 print("ready", flush=True)
 sys.stdin.readline()
 print(sum(ask(app, authorization="Bearer wrong", REMOTE_ADDR="192.0.2.1").status == 401 for _ in range(20)))
@@ -475,7 +476,7 @@ import os, signal, sys, threading, warnings
 from client import ask
 from usage_middleware import UsageMiddleware
 warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of forks beside threads, which are the point here
-app = UsageMiddleware(None.__class__, {}, failure_limit=sys.argv[1], failure_storage=sys.argv[2])
+app = UsageMiddleware(None.__class__, {}, throttle=sys.argv[1], throttle_storage=sys.argv[2])
 def guess(address): return ask(app, authorization="Bearer wrong", REMOTE_ADDR=address).status
 def go_on():
     while not stopped.is_set(): guess("192.0.2.1")
@@ -515,7 +516,7 @@ SERVED = """
 import os
 from usage_middleware import Token, UsageMiddleware
 wrapped = UsageMiddleware(
-    None.__class__, {"k3y": Token()}, failure_limit=os.environ["LIMIT"], failure_storage=os.environ["STORAGE"]
+    None.__class__, {"k3y": Token()}, throttle=os.environ["LIMIT"], throttle_storage=os.environ["STORAGE"]
 )
 def app(environ, start_response):
     return wrapped(environ, lambda s, h, *e: start_response(s, [*h, ("Served-By", str(os.getpid()))], *e))
@@ -583,7 +584,7 @@ def test_requests_pass_while_the_storage_is_down_and_are_throttled_when_it_is_ba
     assert len(caplog.records) == 2
     for record in caplog.records:
         assert (record.name, record.levelno) == ("usage_middleware", logging.ERROR)
-        assert f"failure_storage ({server.uri.partition(':')[0]}) failed: " in record.getMessage()
+        assert f"throttle_storage ({server.uri.partition(':')[0]}) failed: " in record.getMessage()
         assert record.exc_info is None
     assert "canary" not in caplog.text
     assert str(server.port) not in caplog.text
@@ -623,36 +624,36 @@ def test_a_storage_that_is_down_at_the_start_does_no_harm(clock, tmp_path, caplo
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        pytest.param({"failure_limit": 20}, TypeError, id="limit int"),
-        pytest.param({"failure_limit": b"20 per minute"}, TypeError, id="limit bytes"),
-        pytest.param({"failure_limit": True}, TypeError, id="limit bool"),
-        pytest.param({"failure_limit": ""}, ValueError, id="limit empty"),
-        pytest.param({"failure_limit": "often"}, ValueError, id="limit no limit"),
-        pytest.param({"failure_limit": "20"}, ValueError, id="limit without a time"),
-        pytest.param({"failure_limit": "20 per fortnight"}, ValueError, id="limit with no such unit"),
-        pytest.param({"failure_limit": "-1 per minute"}, ValueError, id="limit negative"),
-        pytest.param({"failure_limit": "0 per minute"}, ValueError, id="limit 0"),
-        pytest.param({"failure_limit": "1.5 per minute"}, ValueError, id="limit no integer"),
-        pytest.param({"failure_limit": "5 per minute; 20 per hour"}, ValueError, id="two limits"),
-        pytest.param({"failure_limit": "1 per 31 days"}, ValueError, id="limit longer than Memcached can"),
-        pytest.param({"failure_limit": "9" * 10_000 + " per day"}, ValueError, id="limit too long to read"),
-        pytest.param({"failure_storage": None}, TypeError, id="storage None"),
-        pytest.param({"failure_storage": b"memory://"}, TypeError, id="storage bytes"),
-        pytest.param({"failure_storage": ""}, ValueError, id="storage empty"),
-        pytest.param({"failure_storage": "redis"}, ValueError, id="storage without a scheme"),
-        pytest.param({"failure_storage": "canary://canary:canary@host"}, ValueError, id="storage of no such scheme"),
-        pytest.param({"failure_storage": "async+memory://host"}, ValueError, id="storage for asyncio"),
-        pytest.param({"failure_storage": "memcached://"}, ValueError, id="storage without a host"),
-        pytest.param({"failure_storage": "memcached://canary@host"}, ValueError, id="storage without its port"),
-        pytest.param({"failure_storage": "redis://:canary@host:canary"}, ValueError, id="storage with no such port"),
-        pytest.param({"failure_storage": "redis://:canary/@host:1"}, ValueError, id="password that is not quoted"),
-        pytest.param({"failure_storage": "redis://:canary@[::1"}, ValueError, id="storage that is no URI"),
-        pytest.param({"failure_storage": "redis://:canary\u2100@host"}, ValueError, id="storage that NFKC changes"),
+        pytest.param({"throttle": 20}, TypeError, id="limit int"),
+        pytest.param({"throttle": b"20 per minute"}, TypeError, id="limit bytes"),
+        pytest.param({"throttle": True}, TypeError, id="limit bool"),
+        pytest.param({"throttle": ""}, ValueError, id="limit empty"),
+        pytest.param({"throttle": "often"}, ValueError, id="limit no limit"),
+        pytest.param({"throttle": "20"}, ValueError, id="limit without a time"),
+        pytest.param({"throttle": "20 per fortnight"}, ValueError, id="limit with no such unit"),
+        pytest.param({"throttle": "-1 per minute"}, ValueError, id="limit negative"),
+        pytest.param({"throttle": "0 per minute"}, ValueError, id="limit 0"),
+        pytest.param({"throttle": "1.5 per minute"}, ValueError, id="limit no integer"),
+        pytest.param({"throttle": "5 per minute; 20 per hour"}, ValueError, id="two limits"),
+        pytest.param({"throttle": "1 per 31 days"}, ValueError, id="limit longer than Memcached can"),
+        pytest.param({"throttle": "9" * 10_000 + " per day"}, ValueError, id="limit too long to read"),
+        pytest.param({"throttle_storage": None}, TypeError, id="storage None"),
+        pytest.param({"throttle_storage": b"memory://"}, TypeError, id="storage bytes"),
+        pytest.param({"throttle_storage": ""}, ValueError, id="storage empty"),
+        pytest.param({"throttle_storage": "redis"}, ValueError, id="storage without a scheme"),
+        pytest.param({"throttle_storage": "canary://canary:canary@host"}, ValueError, id="storage of no such scheme"),
+        pytest.param({"throttle_storage": "async+memory://host"}, ValueError, id="storage for asyncio"),
+        pytest.param({"throttle_storage": "memcached://"}, ValueError, id="storage without a host"),
+        pytest.param({"throttle_storage": "memcached://canary@host"}, ValueError, id="storage without its port"),
+        pytest.param({"throttle_storage": "redis://:canary@host:canary"}, ValueError, id="storage with no such port"),
+        pytest.param({"throttle_storage": "redis://:canary/@host:1"}, ValueError, id="password that is not quoted"),
+        pytest.param({"throttle_storage": "redis://:canary@[::1"}, ValueError, id="storage that is no URI"),
+        pytest.param({"throttle_storage": "redis://:canary\u2100@host"}, ValueError, id="storage that NFKC changes"),
     ],
 )
 def test_an_impossible_argument_is_named_and_shows_no_password(arguments, error):
     (name,) = arguments
-    given = {"failure_limit": LIMIT, **arguments}
+    given = {"throttle": LIMIT, **arguments}
     with pytest.raises(error, match=rf"^{name} must ") as caught:
         UsageMiddleware(not_found, {}, **given)
     assert "\n" not in str(caught.value)

@@ -18,7 +18,7 @@ import pytest
 from client import PATH, environ
 
 from usage_middleware import MemoryTokenStore, SQLiteTokenStore, UsageMiddleware, bearer_key
-from usage_middleware.tokens import make_key
+from usage_middleware.keys import make_key
 
 REQUESTS = 10_000  # of each kind
 KEYS = 100  # of each kind

@@ -14,16 +14,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from usage_middleware import Token
-from usage_middleware.tokens import (
-    check_key,
-    encode_model_limits,
-    key_digest,
-    key_hint,
-    make_key,
-    strip_prefix,
-    wire_form,
-    with_prefix,
-)
+from usage_middleware.keys import check_key, key_digest, key_hint, make_key, strip_prefix, with_prefix
+from usage_middleware.tokens import encode_model_limits, wire_form
 
 FULL = {
     "name": "Default Token",

@@ -21,7 +21,7 @@ from client import ask
 from usage_middleware import MemoryTokenStore, QuotaExceeded, SQLiteTokenStore, UsageMiddleware
 from usage_middleware.cli import main
 from usage_middleware.cli.records import read_csv, read_json_lines, write_csv, write_json_lines
-from usage_middleware.tokens import key_digest
+from usage_middleware.keys import key_digest
 
 SCRIPT = os.path.join(os.path.dirname(sys.executable), "usage-middleware")
 NOW = 1_800_000_000  # 2027-01-15 08:00:00 UTC

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from client import PATH
 
 from usage_middleware import SQLiteTokenStore
-from usage_middleware.tokens import strip_prefix
+from usage_middleware.keys import strip_prefix
 
 START_WITHIN = 60  # seconds
 ANSWERED_WITHIN = 20

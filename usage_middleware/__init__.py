@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .authorization import bearer_key as bearer_key
 from .errors import DamagedToken as DamagedToken
 from .errors import ModelNotAllowed as ModelNotAllowed
 from .errors import OperationConflict as OperationConflict
@@ -13,20 +12,21 @@ from .errors import StoreError as StoreError
 from .errors import TokenDisabled as TokenDisabled
 from .errors import TokenExpired as TokenExpired
 from .errors import TokenNotFound as TokenNotFound
-from .errors import UsageError as UsageError
-from .middleware import UsageMiddleware as UsageMiddleware
+from .errors import UsageMiddlewareError as UsageMiddlewareError
 from .operations import Operation as Operation
 from .stores.base import QuotaStore as QuotaStore
 from .stores.base import TokenStore as TokenStore
 from .stores.memory import MemoryTokenStore as MemoryTokenStore
 from .stores.opening import NEED_SQLALCHEMY, load
 from .stores.opening import open_store as open_store
-from .stores.sqlite import SQLiteTokenStore as SQLiteTokenStore
+from .stores.sqlite.sqlite_store import SQLiteTokenStore as SQLiteTokenStore
 from .tokens import Token as Token
+from .wsgi.authentication import bearer_key as bearer_key
+from .wsgi.middleware import UsageMiddleware as UsageMiddleware
 
 if TYPE_CHECKING:
-    from .stores.new_api import NewAPITokenStore as NewAPITokenStore
-    from .stores.sqlalchemy import SQLAlchemyTokenStore as SQLAlchemyTokenStore
+    from .stores.new_api.new_api_store import NewAPITokenStore as NewAPITokenStore
+    from .stores.sql.sql_store import SQLAlchemyTokenStore as SQLAlchemyTokenStore
 
 
 def __getattr__(name: str) -> Any:

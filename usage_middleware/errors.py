@@ -1,4 +1,4 @@
-"""The exceptions. All derive from :class:`UsageError`, so a host can catch one thing.
+"""The exceptions. All derive from :class:`UsageMiddlewareError`, so a host can catch one thing.
 
 No message, argument or attribute of any of them holds a key or its digest.
 """
@@ -6,11 +6,11 @@ No message, argument or attribute of any of them holds a key or its digest.
 from __future__ import annotations
 
 
-class UsageError(Exception):
+class UsageMiddlewareError(Exception):
     """The base of every error that this package defines."""
 
 
-class StoreError(UsageError):
+class StoreError(UsageMiddlewareError):
     """The store could not do its work: its database failed, is locked, or is not ours.
 
     The message says which, and the database's own exception is chained as ``__cause__``.
@@ -34,7 +34,7 @@ class DamagedToken(StoreError):
         return f"token {self.token_id} is damaged in the database: {self.reason}"
 
 
-class QuotaError(UsageError):
+class QuotaError(UsageMiddlewareError):
     """The base of every refusal that is about a token, its quota or an operation on it."""
 
 

@@ -15,13 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from .errors import (
-    ModelNotAllowed,
-    OperationConflict,
-    QuotaExceeded,
-    TokenDisabled,
-    TokenExpired,
-)
+from .errors import ModelNotAllowed, OperationConflict, QuotaExceeded, TokenDisabled, TokenExpired
 from .tokens import Token
 
 MAX_INTEGER: Final = 2**63 - 1  # what a 64-bit column holds

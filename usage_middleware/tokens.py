@@ -1,29 +1,11 @@
-"""What is known of a key: the :class:`Token`, its form on the wire, and making and hashing keys.
-
-A key is what its holder sends. ``sk-`` in front of it is decoration: one such prefix is taken off wherever a key
-enters, so stores only ever see keys without it. Stores keep :func:`key_digest` of a key and never the key.
-"""
+"""What is known of a key: :class:`Token`, and :class:`TokenRecord`, what stores exchange of it."""
 
 from __future__ import annotations
 
-import hashlib
-import re
-import secrets
-import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from json import JSONEncoder
 from typing import Final
-
-KEY_PREFIX: Final = "sk-"
-KEY_MAX_LENGTH: Final = 512
-# Visible ASCII (RFC 9110 section 5.5, VCHAR) without the comma, which joins two headers of one name into one value.
-KEY_PATTERN: Final = rf"[!-+\--~]{{1,{KEY_MAX_LENGTH}}}"
-
-_KEY: Final = re.compile(KEY_PATTERN)
-_KEY_ALPHABET: Final = string.ascii_letters + string.digits
-_KEY_LENGTH: Final = 48  # what public clients expect behind the prefix; 285 bits
-HINT_LENGTH: Final = 4
 
 _INTEGER_FIELDS: Final = ("total_available", "total_used", "expires_at", "created_at")
 _BOOLEAN_FIELDS: Final = ("unlimited_quota", "model_limits_enabled", "enabled")
@@ -104,7 +86,7 @@ class TokenRecord:
 
     #: Its ``id`` is the number that the store it comes from had for it.
     token: Token
-    #: :func:`key_digest` of its key.
+    #: :func:`~.keys.key_digest` of its key.
     digest: bytes = field(repr=False)
     #: Model -> the quota units that it has used of the token.
     model_usage: Mapping[str, int] = field(default_factory=dict)
@@ -166,54 +148,3 @@ def wire_form(token: Token) -> str:
 def encode_model_limits(limits: Mapping[str, int | bool]) -> str:
     """Model limits as a compact JSON object, for the wire and for a text column."""
     return _encode_json(dict(limits)) if limits else "{}"
-
-
-def strip_prefix(key: str) -> str:
-    """The key as stores see it: without one leading ``sk-``."""
-    return key.removeprefix(KEY_PREFIX)
-
-
-def with_prefix(key: str) -> str:
-    """The stripped ``key`` as its holder writes it: with ``sk-``, unless that makes it longer than a key may be."""
-    written = KEY_PREFIX + key
-    return written if len(written) <= KEY_MAX_LENGTH else key
-
-
-def make_key() -> str:
-    """A new key, without the prefix: 48 letters and digits from :mod:`secrets`."""
-    return "".join(secrets.choice(_KEY_ALPHABET) for _ in range(_KEY_LENGTH))
-
-
-def check_key(key: object) -> str:
-    """A key that an operator brings, stripped.
-
-    :raises TypeError: it is no ``str``.
-    :raises ValueError: a client could not send it. Neither message shows the key.
-    """
-    if not isinstance(key, str):
-        raise TypeError(f"a key must be a str, got {type(key).__name__}")
-    stripped = strip_prefix(key)
-    if not stripped or not _KEY.fullmatch(key):
-        raise ValueError(
-            f"a key must be 1 to {KEY_MAX_LENGTH} visible ASCII characters without a comma or a space, "
-            f"with or without {KEY_PREFIX!r} in front"
-        )
-    return stripped
-
-
-def key_digest(key: str) -> bytes:
-    """The SHA-256 digest of a stripped key: all that a store keeps of it.
-
-    A plain digest is right here, where a slow password hash would not be: a key has 285 random bits, which no
-    dictionary holds, and the digest must be found by an index.
-    """
-    if not isinstance(key, str):
-        raise TypeError(f"a key must be a str, got {type(key).__name__}")
-    # Any text has a digest, so that asking for a key that cannot exist is answered and not an encoding error
-    # (whose traceback would show the key).
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
-
-
-def key_hint(key: str) -> str:
-    """The last four characters of a stripped key; nothing where four would be most of it."""
-    return key[-HINT_LENGTH:] if len(key) >= 2 * HINT_LENGTH else ""

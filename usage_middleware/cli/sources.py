@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, BinaryIO, Final, Protocol
 from ..errors import DamagedToken, StoreError
 from ..stores import opening
 from ..stores.base import check_record
-from ..stores.sqlite import SQLiteTokenStore
+from ..stores.sqlite.sqlite_store import SQLiteTokenStore
 from ..tokens import TokenRecord
 from .fields import LINE_LIMIT, BadRow
 from .records import UnreadableSource, read_csv, read_json_lines, reason
 
 if TYPE_CHECKING:
-    from ..stores.new_api import NewAPITokenStore
-    from ..stores.sqlalchemy import SQLAlchemyTokenStore
+    from ..stores.new_api.new_api_store import NewAPITokenStore
+    from ..stores.sql.sql_store import SQLAlchemyTokenStore
 
 _Rows = Iterator[tuple[int, TokenRecord | BadRow]]
 

@@ -16,7 +16,7 @@ import click
 
 from ..errors import StoreError
 from ..stores.base import QuotaStore
-from ..stores.sqlite import SQLiteTokenStore
+from ..stores.sqlite.sqlite_store import SQLiteTokenStore
 from ..tokens import TokenRecord
 from .common import database_option, open_store
 from .fields import BadRow

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Protocol, TypeVar
 
+from ..keys import HINT_LENGTH, check_key, key_digest, key_hint, make_key, with_prefix
 from ..operations import MAX_INTEGER, check_amount, check_text
-from ..tokens import HINT_LENGTH, Token, TokenRecord, check_key, key_digest, key_hint, make_key, with_prefix
-from .health import Finding
+from ..tokens import Token, TokenRecord
+from .findings import Finding
 from .ledger import Ledger
 from .transaction import Transaction, can_exist, find_token, id_of
 

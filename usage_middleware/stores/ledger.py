@@ -16,8 +16,9 @@ from typing import Final, TypeVar
 
 from .. import operations as rules
 from ..errors import OperationConflict, TokenNotFound
+from ..keys import key_digest
 from ..operations import MAX_INTEGER, Kind, Operation
-from ..tokens import Token, key_digest
+from ..tokens import Token
 from .transaction import (
     Transaction,
     can_exist,

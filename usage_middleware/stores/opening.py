@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 from .memory import MemoryTokenStore
-from .sqlite import SQLiteTokenStore
-from .sqlite_reading import columns
+from .sqlite.reading import columns
+from .sqlite.sqlite_store import SQLiteTokenStore
 
 if TYPE_CHECKING:
     from .base import QuotaStore
@@ -17,7 +17,7 @@ _MEMORY: Final = "memory:"
 _SQLITE: Final = "sqlite:///"
 
 #: Stores that load SQLAlchemy, and their modules: not before they are named, as a service without them has no need.
-NEED_SQLALCHEMY: Final = {"SQLAlchemyTokenStore": ".sqlalchemy", "NewAPITokenStore": ".new_api"}
+NEED_SQLALCHEMY: Final = {"SQLAlchemyTokenStore": ".sql.sql_store", "NewAPITokenStore": ".new_api.new_api_store"}
 
 _NEW_API_COLUMNS: Final = {"key", "remain_quota"}
 
@@ -80,7 +80,7 @@ def is_new_api(text: str) -> bool:
     path = sqlite_path(text)
     if path is None:
         load("NewAPITokenStore")
-        from . import new_api
+        from .new_api import new_api_store as new_api
 
         return new_api.is_new_api(text)
     return os.path.isfile(path) and columns(os.path.abspath(path), "tokens") >= _NEW_API_COLUMNS

@@ -16,8 +16,8 @@ from ..errors import StoreError, TokenNotFound
 from ..operations import MAX_INTEGER
 from ..stores.base import QuotaStore
 from ..tokens import Token
-from .ledger import LedgerContract
-from .records import RecordsContract
+from .ledger_contract import LedgerContract
+from .record_contract import RecordsContract
 from .token_store import THREADS, TokenStoreContract, ask
 
 # No client can send these, but a host may ask for them: a padding collation and C strings that end at NUL.

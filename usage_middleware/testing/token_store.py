@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from ..middleware import UsageMiddleware
 from ..stores.base import TokenStore
 from ..tokens import Token
+from ..wsgi.middleware import UsageMiddleware
 
 THREADS = 8
 

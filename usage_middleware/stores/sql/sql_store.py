@@ -21,16 +21,16 @@ from sqlalchemy import (
     update,
 )
 
-from ..errors import StoreError
-from ..operations import Operation
-from ..tokens import Token, TokenRecord
+from ...errors import StoreError
+from ...operations import Operation
+from ...tokens import Token, TokenRecord
+from ..base import QuotaStore
+from ..findings import Finding
+from ..rows import OPERATION_COLUMNS, TOKEN_COLUMNS, operation_of, operation_values, token_of, token_values
+from ..transaction import Transaction
 from . import sql_schema
-from .base import QuotaStore
-from .health import Finding
-from .rows import OPERATION_COLUMNS, TOKEN_COLUMNS, operation_of, operation_values, token_of, token_values
-from .sql_database import POSTGRESQL, Database
+from .database import POSTGRESQL, Database
 from .sql_schema import MYSQL, model_usage, operations, retired_keys, tokens
-from .transaction import Transaction
 
 _Result = TypeVar("_Result")
 

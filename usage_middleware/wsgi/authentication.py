@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Final
 
-from .tokens import KEY_PATTERN, strip_prefix
+from ..keys import KEY_PATTERN, strip_prefix
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment

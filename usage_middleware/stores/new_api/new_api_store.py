@@ -35,13 +35,14 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import NoSuchTableError, SQLAlchemyError
 
-from ..errors import DamagedToken, StoreError
-from ..tokens import KEY_PATTERN, Token, TokenRecord, key_digest, key_hint
-from . import sqlite_reading
-from .opening import sqlite_path
-from .sql_database import POSTGRESQL, Database
-from .sql_schema import MYSQL, schema
-from .sqlite_reading import Reader
+from ...errors import DamagedToken, StoreError
+from ...keys import KEY_PATTERN, key_digest, key_hint
+from ...tokens import Token, TokenRecord
+from ..opening import sqlite_path
+from ..sql.database import POSTGRESQL, Database
+from ..sql.sql_schema import MYSQL, schema
+from ..sqlite import reading
+from ..sqlite.reading import Reader
 
 _Result = TypeVar("_Result")
 _NewAPITokenStore = TypeVar("_NewAPITokenStore", bound="NewAPITokenStore")
@@ -190,7 +191,7 @@ class _SQLiteFile(Database):
         path = os.path.abspath(path)
         url = URL.create("sqlite", database=path)
         super().__init__(
-            create_engine(url, creator=lambda: sqlite_reading.connect(path), poolclass=NullPool, hide_parameters=True),
+            create_engine(url, creator=lambda: reading.connect(path), poolclass=NullPool, hide_parameters=True),
             _DIALECTS,
         )
         self.name = path

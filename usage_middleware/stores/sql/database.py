@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 from sqlalchemy import URL, Connection, Engine, Executable, Row, Select, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, SQLAlchemyError
 
-from ..errors import StoreError
+from ...errors import StoreError
 from .sql_schema import MYSQL
 
 POSTGRESQL: Final = ("postgresql", "cockroachdb")

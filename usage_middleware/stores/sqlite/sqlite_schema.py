@@ -10,7 +10,7 @@ import sqlite3
 
 from sqlite_utils import Database, Migrations
 
-from ..errors import StoreError
+from ...errors import StoreError
 
 
 def tokens(db: Database) -> None:

@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from typing import Final
 
-from ..errors import StoreError
+from ...errors import StoreError
 
 _TIMEOUT: Final = 5.0  # seconds in which a writer should be done with its commit
 

@@ -19,11 +19,12 @@ from ..errors import (
     TokenExpired,
     TokenNotFound,
 )
+from ..keys import key_digest
 from ..operations import MAX_INTEGER
 from ..stores import ledger
 from ..stores.base import QuotaStore
 from ..stores.transaction import Transaction, find_operation, find_token
-from ..tokens import Token, TokenRecord, key_digest
+from ..tokens import Token, TokenRecord
 from .token_store import THREADS
 
 _NOW = 1_800_000_000.0

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection
 from typing import Final
 
-from .tokens import Token, wire_form
+from ..tokens import Token, wire_form
 
 Header = tuple[str, str]
 

@@ -8,13 +8,13 @@ import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, TypeVar
 
-from ..operations import Operation
-from ..tokens import Token, TokenRecord
-from .base import QuotaStore
-from .health import Finding
-from .rows import OPERATION_COLUMNS, TOKEN_COLUMNS, operation_of, operation_values, token_of, token_values
-from .sqlite_connections import Connections
-from .transaction import Transaction
+from ...operations import Operation
+from ...tokens import Token, TokenRecord
+from ..base import QuotaStore
+from ..findings import Finding
+from ..rows import OPERATION_COLUMNS, TOKEN_COLUMNS, operation_of, operation_values, token_of, token_values
+from ..transaction import Transaction
+from .connections import Connections
 
 _Result = TypeVar("_Result")
 

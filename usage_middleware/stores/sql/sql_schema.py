@@ -28,8 +28,8 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from ..operations import ID_MAX_LENGTH
-from ..tokens import HINT_LENGTH
+from ...keys import HINT_LENGTH
+from ...operations import ID_MAX_LENGTH
 
 MYSQL: Final = ("mysql", "mariadb")
 VERSION: Final = 1

@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Final
 
-from .health import Finding, ok, problem, warning
+from ..findings import Finding, ok, problem, warning
 
 _MOST_DAMAGES: Final = 5  # that are told
 _LARGE_LOG: Final = 100 * 2**20  # bytes; SQLite means to begin anew at about 4 MiB (1,000 pages)

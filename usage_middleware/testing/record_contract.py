@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from ..errors import QuotaExceeded, StoreError
+from ..keys import key_digest
 from ..operations import MAX_INTEGER
 from ..stores.base import QuotaStore
-from ..tokens import Token, TokenRecord, key_digest
+from ..tokens import Token, TokenRecord
 
 _NAME = "caf\u00e9 \u4ee4\u724c \U0001f511 'quoted' \"\\ \r\n\t"
 

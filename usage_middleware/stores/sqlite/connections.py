@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from ..errors import StoreError
+from ...errors import StoreError
 
 _MINIMUM_VERSION: Final = (3, 37)  # STRICT tables (sqlite.org/stricttables.html)
 _MOST_IDLE: Final = 64  # a connection more than these is closed when its thread is done with it

@@ -15,12 +15,12 @@ import traceback
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Final
 
-from .authorization import bearer_key, has_authorization
-from .errors import StoreError
+from ..errors import StoreError
+from ..stores.base import TokenStore
+from ..tokens import Token
+from .authentication import bearer_key, has_authorization
 from .responses import Response, Responses, responses_by_origin
-from .stores.base import TokenStore
 from .throttle import Throttle
-from .tokens import Token
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -45,12 +45,12 @@ class UsageMiddleware:
     :param allow_origins: which web pages may read the answers (CORS): ``"*"`` for all, a collection of origins such
         as ``"https://app.example"``, or ``()`` for none. All is a safe default: a key travels in a header that a
         page must set itself, never in a cookie.
-    :param failure_limit: how often one client may send a wrong key, in the notation of the package ``limits``
+    :param throttle: how often one client may send a wrong key, in the notation of the package ``limits``
         (``pip install 'usage-middleware[throttle]'``), such as ``"20 per 20 minutes"``; ``None``: as often as it likes.
-    :param failure_storage: where failures are counted: a storage URI of ``limits``. ``memory://`` counts in each
+    :param throttle_storage: where failures are counted: a storage URI of ``limits``. ``memory://`` counts in each
         process by itself, ``redis://host:6379`` and ``memcached://host:11211`` over all of them.
     :raises TypeError, ValueError: an argument cannot be what it is meant to be.
-    :raises ImportError: there is a ``failure_limit``, and ``limits`` is not installed.
+    :raises ImportError: there is a ``throttle``, and ``limits`` is not installed.
 
     Past the limit, what would be a 401 is a 429 until the window of time is over. A client is the IPv4 address or the
     IPv6 network of 64 bits in ``REMOTE_ADDR``, so behind a proxy werkzeug's ``ProxyFix`` belongs around this. What
@@ -71,8 +71,8 @@ class UsageMiddleware:
         *,
         path: str = "/api/usage/token",
         allow_origins: str | Collection[str] = "*",
-        failure_limit: str | None = None,
-        failure_storage: str = "memory://",
+        throttle: str | None = None,
+        throttle_storage: str = "memory://",
     ) -> None:
         if not callable(app):
             raise TypeError(f"app must be a WSGI application, got {type(app).__name__}")
@@ -82,7 +82,7 @@ class UsageMiddleware:
         self.store = store
         self._paths = _raw_paths(path)
         self._responses, self._other_responses = responses_by_origin(allow_origins)
-        self._throttle = None if failure_limit is None else Throttle(failure_limit, failure_storage)
+        self._throttle = None if throttle is None else Throttle(throttle, throttle_storage)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         # PEP 3333: PATH_INFO may be absent where it would be empty.

@@ -7,8 +7,8 @@ import time
 
 import click
 
+from ..keys import strip_prefix
 from ..operations import MAX_INTEGER
-from ..tokens import strip_prefix
 from . import formats
 from .common import (
     database_option,

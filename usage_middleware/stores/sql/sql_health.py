@@ -7,7 +7,7 @@ from typing import Final
 
 from sqlalchemy import Connection, text
 
-from .health import Finding, ok, problem, warning
+from ..findings import Finding, ok, problem, warning
 from .sql_schema import MYSQL
 
 _WAITING: Final = ("local", "remote_write", "on", "remote_apply")  # at least for the server's own disk

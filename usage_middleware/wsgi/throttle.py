@@ -74,7 +74,7 @@ class Throttle:
             self._asked_again_at = time.monotonic() + _PAUSE
             # Its text is not ours, and may quote the URI with its password.
             kind, reason = urlsplit(self._storage).scheme, type(error).__qualname__
-            logger.error("failure_storage (%s) failed: %s; nobody is throttled for %d s", kind, reason, _PAUSE)
+            logger.error("throttle_storage (%s) failed: %s; nobody is throttled for %d s", kind, reason, _PAUSE)
             return 0
         return begin + self._period - now if failures > self._amount else 0
 
@@ -130,25 +130,25 @@ def _client(environ: WSGIEnvironment) -> str:
 def _parsed(limit: str) -> tuple[int, int, str]:
     """How many failures, in how many seconds, and a name for both that is the same in each process."""
     if not isinstance(limit, str):
-        raise TypeError(f"failure_limit must be a str such as '20 per 20 minutes', or None, got {limit!r}")
+        raise TypeError(f"throttle must be a str such as '20 per 20 minutes', or None, got {limit!r}")
     try:
         from limits import parse_many
     except ImportError as error:
-        raise ImportError("failure_limit needs the package limits: pip install 'usage-middleware[throttle]'") from error
+        raise ImportError("throttle needs the package limits: pip install 'usage-middleware[throttle]'") from error
     try:
         (item,) = parse_many(limit)
     except ValueError:
-        raise ValueError(f"failure_limit must be one limit such as '20 per 20 minutes', got {limit!r}") from None
+        raise ValueError(f"throttle must be one limit such as '20 per 20 minutes', got {limit!r}") from None
     period = item.get_expiry()
     if item.amount < 1 or period > _LONGEST:
-        raise ValueError(f"failure_limit must be 1 or more in at most 30 days, got {limit!r}")
+        raise ValueError(f"throttle must be 1 or more in at most 30 days, got {limit!r}")
     return item.amount, period, f"{item.amount}/{period}"
 
 
 def _check_storage(uri: str) -> None:
     """Finds what is wrong with a URI. What it opens for that is dropped. No error quotes it: it may hold a password."""
     if not isinstance(uri, str):
-        raise TypeError(f"failure_storage must be a str such as 'redis://localhost:6379', got {type(uri).__name__}")
+        raise TypeError(f"throttle_storage must be a str such as 'redis://localhost:6379', got {type(uri).__name__}")
     from limits.errors import ConfigurationError
 
     try:
@@ -161,7 +161,7 @@ def _check_storage(uri: str) -> None:
     except (ConfigurationError, TypeError, ValueError):
         # Not chained: what was raised quotes the URI.
         raise ValueError(
-            "failure_storage must be a storage URI of the package limits whose client (redis, pymemcache, ...) is "
+            "throttle_storage must be a storage URI of the package limits whose client (redis, pymemcache, ...) is "
             "installed, such as 'memory://', 'redis://localhost:6379' or 'memcached://localhost:11211'"
         ) from None
     except Exception:

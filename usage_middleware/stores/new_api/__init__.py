@@ -1,0 +1,1 @@
+"""The store over a database of new-api, which is only read."""

@@ -1,0 +1,1 @@
+"""The store over a database server, by SQLAlchemy."""

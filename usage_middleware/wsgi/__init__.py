@@ -1,0 +1,1 @@
+"""HTTP: the middleware, the endpoint, and what they share. Knows no concrete store."""
