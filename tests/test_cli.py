@@ -389,13 +389,13 @@ WRONG = [
     (["serve"], "--path usage", "path must begin with '/'"),
     (["serve"], "--allow-origin app.example", "allow_origins must hold origins"),
     (["serve"], "--allow-origin https://app.example --no-cors", "exclude each other"),
-    (["serve"], "--failure-limit often", "throttle must be one limit such as '20 per 20 minutes'"),
+    (["serve"], "--throttle often", "throttle must be one limit such as '20 per 20 minutes'"),
     (
         ["serve"],
-        "--failure-limit 5/hour --failure-storage http://:canary@host",
+        "--throttle 5/hour --throttle-storage http://:canary@host",
         "throttle_storage must be a storage URI",
     ),
-    (["serve"], "--failure-storage memory://", "--failure-storage needs a --failure-limit"),
+    (["serve"], "--throttle-storage memory://", "--throttle-storage needs a --throttle"),
     (["serve"], "--port 65536", "range"),
     (["serve"], "--host 192.0.2.1", "cannot listen on 192.0.2.1 port 8000"),
     (["serve"], "--db text", "not an SQLite database"),
@@ -650,7 +650,7 @@ def test_serve_alone_serves_only_the_endpoint_and_logs_no_key(start, db):
 
 def test_serve_throttles_whoever_guesses_keys(start, db):
     key = run("create")[0].strip()
-    _, match, log = start("serve", "--port", "0", "--failure-limit", "3 per 30 days", ready=URL)
+    _, match, log = start("serve", "--port", "0", "--throttle", "3 per 30 days", ready=URL)
     guesses = [get(match[1], Authorization="Bearer sk-canary") for _ in range(5)]
     assert [status for status, _, _ in guesses] == [401, 401, 401, 429, 429]
     assert 0 < int(guesses[-1][1]["Retry-After"]) <= 30 * 24 * 3600
@@ -661,7 +661,7 @@ def test_serve_throttles_whoever_guesses_keys(start, db):
 def test_serve_names_the_extra_that_a_limit_needs(db, monkeypatch):
     run("create")
     monkeypatch.setitem(sys.modules, "limits", None)
-    _, err = run("serve", "--failure-limit", "3 per minute", status=2)
+    _, err = run("serve", "--throttle", "3 per minute", status=2)
     assert err == "Error: throttle needs the package limits: pip install 'usage-middleware[throttle]'\n"
 
 

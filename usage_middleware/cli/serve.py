@@ -39,10 +39,10 @@ _port_option = click.option(
 )
 @click.option("--no-cors", is_flag=True, help="Let no web page ask.  [default: any may]")
 @click.option(
-    "--failure-limit", metavar="LIMIT", help="How often one client may send a wrong key, such as '20 per 20 minutes'."
+    "--throttle", metavar="LIMIT", help="How often one client may send a wrong key, such as '20 per 20 minutes'."
 )
 @click.option(
-    "--failure-storage",
+    "--throttle-storage",
     metavar="URI",
     help="Where failures are counted, such as redis://localhost:6379.  [default: memory://]",
 )
@@ -65,7 +65,7 @@ def serve(
     if origins and no_cors:
         raise click.UsageError("--allow-origin and --no-cors exclude each other")
     if throttle_storage is not None and throttle is None:
-        raise click.UsageError("--failure-storage needs a --failure-limit")
+        raise click.UsageError("--throttle-storage needs a --throttle")
     with open_token_store() as store:
         wrapped = server.load_application(application) if application else NotFound()
         allow_origins = () if no_cors else "*" if origins in ((), ("*",)) else origins
