@@ -1,8 +1,13 @@
 import dataclasses
-from pathlib import Path
+import os
+import re
+import subprocess
+import time
 
 import databases
 import pytest
+from command import SCRIPT
+from places import ROOT
 
 pytest.register_assert_rewrite("usage_middleware.testing")
 
@@ -37,7 +42,7 @@ def host(request, tmp_path):
 
 @pytest.fixture(scope="session")
 def readme():
-    return (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    return (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def pytest_addoption(parser):
@@ -113,3 +118,47 @@ def disposable_server(request):
     with databases.KINDS[request.param]() as server:
         server.start()
         yield server
+
+
+@pytest.fixture
+def db(tmp_path, monkeypatch):
+    """The path of a database that the environment names, with nothing in it yet."""
+    path = tmp_path / "tokens.db"
+    monkeypatch.setenv("USAGE_MIDDLEWARE_DB", str(path))
+    monkeypatch.chdir(tmp_path)
+    return path
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts the script; returns the process and the first match of a pattern in what it prints."""
+    processes = []
+
+    def start(*args, ready, **environment):
+        log = tmp_path / f"log{len(processes)}"
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [SCRIPT, *args],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=tmp_path,
+                env={
+                    **os.environ,
+                    "PYTHONWARNINGS": "default::ResourceWarning",
+                    "TMPDIR": str(tmp_path),
+                    **environment,
+                },
+            )
+        processes.append(process)
+        deadline = time.monotonic() + 30
+        while not (match := re.search(ready, log.read_text())):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+        return process, match, log
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()

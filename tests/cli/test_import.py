@@ -1,0 +1,261 @@
+"""``import``, as an operator types it: with real files, databases and processes."""
+
+import re
+import signal
+import sqlite3
+import subprocess
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+
+import pytest
+from command import SCRIPT
+from transferring import lines, tokens
+
+from usage_middleware import SQLiteTokenStore
+
+# --- A file
+
+
+def test_rows_are_told_by_the_line_on_which_they_begin(run, db):
+    db.with_name("t.csv").write_bytes(
+        b"\xef\xbb\xbfkey,name,total_available\r\n"
+        b'one,"two\nlines\n",5\r\n'
+        b"\r\n"
+        b"two,x,many\r\n"
+        b",,\r\n"
+        b'three,"three\nlines\n",many\r\n'
+        b"four,caf\xe9,1\r\n"
+        b"five,1\r\n"
+        b"six,1,2,3\r\n"
+        b'seven,"a"b,1\r\n'
+        b"one,again,9\r\n"
+        b"sk-eight,last,8"
+    )
+    assert run("import", "t.csv", status=1)[1] == (
+        "line 6: total_available must be a whole number, of digits alone\n"
+        "line 8: total_available must be a whole number, of digits alone\n"
+        "line 11: name is not UTF-8 text\n"
+        "line 12: has 2 fields where the header has 3\n"
+        "line 13: has 4 fields where the header has 3\n"
+        "line 14: is no CSV: ',' expected after '\"'\n"
+        "2 imported, 1 already there, 6 bad.\n"
+    )
+    assert [(token.name, token.total_available) for token in tokens(db)] == [("two\nlines\n", 5), ("last", 8)]
+
+
+def test_json_lines(run, db):
+    db.with_name("t.ndjson").write_bytes(
+        b'\xef\xbb\xbf{"key": "one", "total_used": 1}\r\n\n{"key": "two", "name": "caf\xe9"}\n{"key": "sk-one"}\n'
+        b'{"key": "three", "name": "\xe2\x80\xa8"}'
+    )
+    assert run("import", "t.ndjson", status=1) == (
+        b"",
+        "line 3: name is not UTF-8 text\n2 imported, 1 already there, 1 bad.\n",
+    )
+    assert [(token.name, token.total_used) for token in tokens(db)] == [("", 1), ("\u2028", 0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        pytest.param("t.csv", b"two," + b"x" * 100_000_000 + b"\n", id="CSV field"),
+        pytest.param("t.csv", b"two" + b"," * 100_000_000 + b"\n", id="CSV fields"),
+        pytest.param("t.csv", b'two,"' + b'""' * 50_000_000 + b'"\n', id="CSV quotes"),
+        pytest.param("t.jsonl", b'{"key": "two", "name": "' + b"x" * 100_000_000 + b'"}\n', id="JSON"),
+    ],
+)
+def test_a_huge_line_is_bad_and_never_in_memory(run, db, name, row):
+    first, last = (b"key,name\n", b"three,c\n") if name == "t.csv" else (b'{"key": "one"}\n', b'{"key": "three"}\n')
+    db.with_name(name).write_bytes(first + row + last)
+    tracemalloc.start()
+    try:
+        _, err = run("import", name, status=1)
+        assert tracemalloc.get_traced_memory()[1] < 90_000_000
+    finally:
+        tracemalloc.stop()
+    assert err.startswith("line 2: ")
+    assert err.endswith(f"{1 if name == 't.csv' else 2} imported, 0 already there, 1 bad.\n")
+
+
+REFUSED = [
+    ("t.csv", "", "its first line must name the columns"),
+    ("t.csv", "sk-canary,Alice,5\n", "its first line must name the columns"),
+    ("t.csv", "key;name;total_available\n", "separated by ';'"),
+    ("t.csv", "key\tname\n", r"separated by '\t'"),
+    ("t.csv", "key,total_avilable\n", "unknown column 'total_avilable'; known are key, digest, name,"),
+    ("t.csv", "key,Name\n", "unknown column 'Name'"),
+    ("t.csv", "key,name,key\n", "the column 'key' twice"),
+    ("t.csv", '"key\n', "the first line is no CSV"),
+    ("t.csv", "\udcff\udcfek\0e\0y\0\n\0", "first line"),
+    ("t.jsonl", '[{"key": "canary"}]', "it is a JSON array"),
+    ("t.txt", "key\ncanary\n", "nothing tells what it is: known are .csv, .jsonl"),
+    ("folder", None, "Is a directory"),
+    ("missing.csv", None, "No such file or directory"),
+    ("-", None, "--format"),
+    ("postgresql://user:canary@127.0.0.1:1/db", None, "failed: "),
+    ("sqlite:///:memory:", None, "must name a file"),
+    ("sqlite:///missing.db", None, "missing.db cannot be opened: there is no such file"),
+    ("foreign.db", None, "tokens"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "message"), REFUSED)
+def test_what_cannot_be_read_is_refused_before_anything_is_made(run, db, name, text, message):
+    db.with_name("folder").mkdir()
+    with closing(sqlite3.connect(db.with_name("foreign.db"))) as connection:
+        connection.execute("CREATE TABLE tokens (a)")
+    if text is not None:
+        db.with_name(name).write_text(text, encoding="utf-8", errors="surrogateescape")
+    out, err = run("import", name, status=2)
+    assert out == b""
+    assert err.startswith("Error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not db.exists()
+
+
+@pytest.mark.parametrize(("name", "text"), [("t.csv", "key,name\n"), ("t.jsonl", ""), ("t.jsonl", "\n\n")])
+def test_a_file_without_tokens(run, db, name, text):
+    db.with_name(name).write_text(text)
+    assert run("import", name) == (b"", "0 imported, 0 already there, 0 bad.\n")
+
+
+def test_format_goes_before_the_name(run, db):
+    db.with_name("t.csv").write_text('{"key": "one"}\n')
+    assert "1 imported" in run("import", "--format", "jsonl", "t.csv")[1]
+
+
+def test_standard_input(db):
+    done = subprocess.run(
+        [SCRIPT, "import", "--format", "csv", "-"],
+        input=b"key,name\none,caf\xc3\xa9\n",
+        capture_output=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == (b"", b"1 imported, 0 already there, 0 bad.\n")
+    assert [token.name for token in tokens(db)] == ["caf\u00e9"]
+
+
+def test_a_key_that_was_given_up_stays_so(run, db):
+    with SQLiteTokenStore(db) as store:
+        store.create(key="deleted-key")
+        store.create(key="rotated-key")
+        store.delete(1)
+        store.rotate(2)
+    db.with_name("t.csv").write_text("key\ndeleted-key\nrotated-key\nnew-key\n")
+    assert run("import", "--dry-run", "t.csv")[1] == "1 would be imported, 2 already there, 0 bad.\n"
+    assert run("import", "t.csv")[1] == "1 imported, 2 already there, 0 bad.\n"
+
+
+def test_a_token_that_is_there_is_left_alone(run, db):
+    db.with_name("t.csv").write_text("key,name,total_available\none,First,5\n")
+    run("import", "t.csv")
+    before = tokens(db)
+    db.with_name("t.csv").write_text("key,name,total_available\none,Second,7\n")
+    assert run("import", "t.csv")[1] == "0 imported, 1 already there, 0 bad.\n"
+    assert tokens(db) == before
+
+
+# --- --dry-run
+
+
+def test_a_rehearsal_tells_what_the_import_then_does_and_writes_nothing(run, db, monkeypatch, tmp_path):
+    # Two batches, and a key that comes again in the second.
+    monkeypatch.setattr("usage_middleware.cli.transfer.BATCH", 3)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    db.with_name("t.csv").write_text("key,total_used\none,1\ntwo,2\nthree,x\none,1\nfour,4\nfour,4\n")
+    (tmp_path / "temporary").mkdir()
+    rehearsed = run("import", "--dry-run", "t.csv", status=1)[1]
+    assert rehearsed.endswith("3 would be imported, 2 already there, 1 bad.\n")
+    assert not db.exists()
+    assert not list((tmp_path / "temporary").iterdir())
+    assert run("import", "t.csv", status=1)[1] == rehearsed.replace("would be imported", "imported")
+    before = db.read_bytes(), tokens(db)
+    assert "0 would be imported, 5 already there" in run("import", "--dry-run", "t.csv", status=1)[1]
+    assert (db.read_bytes(), tokens(db)) == before
+
+
+def test_a_rehearsal_does_not_need_to_write(run, db):
+    db.with_name("t.csv").write_text("key\none\ntwo\n")
+    with SQLiteTokenStore(db) as store:
+        store.create(key="one")
+        with store._connections.write():  # somebody is busy
+            assert "1 would be imported, 1 already there" in run("import", "--dry-run", "t.csv")[1]
+
+
+# --- Stopped, and killed
+
+
+def wait_for_tokens(path, process):
+    """Waits until an import has committed something; returns how many tokens are there."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "it ended before it could be stopped"
+        if path.exists():
+            with SQLiteTokenStore(path, read_only=True) as store:
+                try:
+                    if count := store.count():
+                        return count
+                except Exception:  # its tables are being made
+                    pass
+        time.sleep(0.005)
+    raise AssertionError("nothing was imported")
+
+
+def feed(pipe, texts):
+    with suppress(BrokenPipeError), pipe:
+        for text in texts:
+            pipe.write(text.encode())
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+def test_the_same_command_goes_on_where_one_was_stopped(run, db, kill):
+    command = [SCRIPT, "import", "--format", "csv", "-"]
+
+    def heed_interrupts():
+        # A shell lets its background jobs, such as this test run, ignore them, and their children inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_interrupts) as process,
+        ThreadPoolExecutor(1) as feeder,
+    ):
+        try:
+            # There is no end to what it reads, so it is stopped in the middle of a batch.
+            feeder.submit(feed, process.stdin, lines(10**9))
+            assert wait_for_tokens(db, process) % 10_000 == 0
+            process.send_signal(kill)
+            err = process.stderr.read().decode()
+        finally:
+            process.kill()
+    there = len(tokens(db))
+    assert there % 10_000 == 0
+    count = there + 5000
+    db.with_name("t.csv").write_text("".join(lines(count)))
+    if kill == signal.SIGINT:
+        assert process.returncode == 2
+        told, stopped = err.splitlines()
+        assert re.fullmatch(r"\d0,000 imported, 0 already there, 0 bad\.", told)
+        assert stopped == "Error: stopped; the same command goes on from there"
+    assert run("import", "t.csv")[1] == f"{count - there:,} imported, {there:,} already there, 0 bad.\n"
+    assert [(token.name, token.total_available) for token in tokens(db)] == [
+        (f"Token {number}", number) for number in range(count)
+    ]
+
+
+def test_a_database_that_fails_on_the_way(run, db, monkeypatch):
+    monkeypatch.setattr("usage_middleware.cli.transfer.BATCH", 10)
+    db.with_name("t.csv").write_text("".join(lines(25)))
+    with SQLiteTokenStore(db) as store:
+        store.find(1)
+    with closing(sqlite3.connect(db)) as connection, connection:
+        connection.execute(
+            "CREATE TRIGGER refuse BEFORE INSERT ON tokens WHEN NEW.name = 'Token 15'"
+            " BEGIN SELECT RAISE(ABORT, 'no more'); END"
+        )
+    told, error = run("import", "t.csv", status=2)[1].splitlines()
+    assert told == "10 imported, 0 already there, 0 bad."
+    assert error == f"Error: {db} failed: no more"
+    assert len(tokens(db)) == 10

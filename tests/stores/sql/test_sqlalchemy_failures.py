@@ -1,0 +1,219 @@
+"""Transactions that fail, and a COMMIT whose answer is lost: what is repeated, and what is told."""
+
+from __future__ import annotations
+
+import re
+import select
+import socket
+import threading
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+
+import databases
+import pytest
+from holders import create
+from sql_faults import AGAIN, DIE, again, failing, waits
+from sqlalchemy import create_engine, event, make_url, text
+from waiting import DEADLINE, until
+
+from usage_middleware import (
+    SQLAlchemyTokenStore,
+    StoreError,
+)
+
+# --- What is repeated
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        pytest.param(again("40001", 1213), id="serialization failure, or deadlock"),
+        pytest.param(
+            {**again("40P01", 1213), "mariadb": AGAIN["mariadb"].format(state="40001", number=1213)}, id="deadlock"
+        ),
+        pytest.param(DIE, id="connection killed"),
+    ],
+)
+@pytest.mark.parametrize("own", [True, False], ids=["own", "engine"])
+def test_a_transaction_that_can_be_begun_again_is(database, store, action, own):
+    key, token = create(store)
+    engine = create_engine(database.url)
+    with failing(database, action, 3) as tried, SQLAlchemyTokenStore(database.url if own else engine) as charging:
+        assert charging.charge(key, 5).total_used == 5
+        assert tried() == 4
+    engine.dispose()
+    assert [operation.held for operation in store.history(token.id)] == [5]
+
+
+def test_a_transaction_is_not_begun_again_for_ever(database, store):
+    key, token = create(store)
+    with failing(database, again("40001", 1213), 1000) as tried:
+        with pytest.raises(StoreError):
+            store.charge(key, 5, operation_id="x")
+        assert tried() == 10
+    assert store.find(token.id) == token
+    assert store.charge(key, 5, operation_id="x").total_used == 5
+
+
+def test_an_error_that_would_come_again_is_told_at_once(database, store):
+    key, token = create(store)
+    with failing(database, again("P0001" if not database.is_mysql else "45000", 1644), 1000) as tried:
+        with pytest.raises(StoreError):
+            store.charge(key, 5)
+        assert tried() == 1
+    assert store.find(token.id) == token
+
+
+def insert_operation(operation_id, token_id):
+    return text(
+        "INSERT INTO usage_operations (id, token_id, kind, amount, held, unlimited, final_amount, created_at,"
+        f" changed_at) VALUES ('{operation_id}', {token_id}, 'charge', 0, 0, false, 0, 0, 0)"
+    )
+
+
+def test_a_deadlock_is_resolved(database, store):
+    key, token = create(store)
+    tries = []
+    other = create_engine(make_url(database.url).set(username=databases.ADMINISTRATOR))
+    engine = create_engine(database.url)
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def before(connection, cursor, statement, *rest):
+        if "FOR UPDATE" in statement:
+            tries.append(statement)
+
+    with ThreadPoolExecutor(1) as thread, SQLAlchemyTokenStore(engine) as charging:
+        with other.connect() as connection:
+            # The victim is to be the store: PostgreSQL takes who notices first, MariaDB who has done least.
+            if not database.is_mysql:
+                connection.execute(text("SET deadlock_timeout = '60s'"))
+            connection.execute(insert_operation("x", token.id))
+            for number in range(50):
+                connection.execute(insert_operation(f"other {number}", token.id))
+            charged = thread.submit(charging.charge, key, 5, operation_id="x")
+            until(lambda: waits(database))
+            connection.execute(text(f"SELECT * FROM usage_tokens WHERE id = {token.id} FOR UPDATE")).all()
+            connection.rollback()
+        assert charged.result(DEADLINE).total_used == 5
+    assert len(tries) == 2
+    other.dispose()
+    engine.dispose()
+
+
+def test_a_connection_that_is_killed_while_it_waits_for_a_lock(database, store):
+    key, token = create(store)
+    with database.engine.connect() as connection, ThreadPoolExecutor(1) as thread:
+        connection = connection.execution_options(isolation_level="READ COMMITTED")
+        connection.exec_driver_sql(f"SELECT * FROM usage_tokens WHERE id = {token.id} FOR UPDATE").all()
+        charged = thread.submit(store.charge, key, 5)
+        until(lambda: waits(database))
+        if database.is_mysql:
+            rows = waits(database)
+            ids = [row.trx_mysql_thread_id for row in rows]
+            database.server.execute(*(f"KILL {number}" for number in ids))
+        else:
+            database.server.execute("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE NOT granted")
+        connection.rollback()
+        assert charged.result(DEADLINE).total_used == 5
+    assert store.find(token.id).total_used == 5
+
+
+# --- A COMMIT whose answer is lost
+
+
+_COMMIT = re.compile(rb"COMMIT(?!TED)")
+
+
+class Proxy:
+    """Stands between a store and its server, and loses one COMMIT, or the answer to it."""
+
+    def __init__(self, port):
+        self._port = port
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listening.getsockname()[1]
+        self.loses = None
+        self._closed = threading.Event()
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def _accept(self):
+        with suppress(OSError):
+            while True:
+                client, _ = self._listening.accept()
+                self._threads.append(threading.Thread(target=self._pass_on, args=(client,)))
+                self._threads[-1].start()
+
+    def _pass_on(self, client):
+        with client, socket.create_connection(("127.0.0.1", self._port)) as server, suppress(OSError):
+            wrote = False
+            while not self._closed.is_set():
+                for ready in select.select([client, server], [], [], 0.1)[0]:
+                    data = ready.recv(65536)
+                    if not data:
+                        return
+                    wrote = wrote or b"INSERT" in data
+                    loses = self.loses
+                    # SQLAlchemy also commits, and nothing, where it sets MySQL's isolation level.
+                    commits = wrote and ready is client and _COMMIT.search(data)
+                    if loses and commits:
+                        self.loses = None
+                        if loses == "the answer":
+                            server.sendall(data)
+                            assert server.recv(65536)
+                        return
+                    wrote = wrote and not commits
+                    (server if ready is client else client).sendall(data)
+
+    def close(self):
+        self._closed.set()
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        for thread in self._threads:
+            thread.join()
+
+
+@pytest.fixture
+def proxy(database):
+    with closing(Proxy(database.server.port)) as proxy:
+        yield proxy
+
+
+@pytest.mark.parametrize("loses", ["the request", "the answer"])
+@pytest.mark.parametrize("own", [True, False], ids=["own", "engine"])
+def test_a_commit_that_is_lost(database, store, proxy, loses, own):
+    key, token = create(store)
+    url = make_url(database.url).set(port=proxy.port)
+    engine = create_engine(url)
+    with SQLAlchemyTokenStore(url if own else engine) as charging:
+        charging.get(key)
+        for number in (1, 2):
+            proxy.loses = loses
+            with pytest.raises(StoreError, match="not known whether") as caught:
+                charging.charge(key, 5, operation_id=f"charge {number}")
+            assert databases.PASSWORD not in "".join(traceback.format_exception(caught.value))
+            assert store.find(token.id).total_used == 5 * (number - (loses == "the request"))
+            assert charging.charge(key, 5, operation_id=f"charge {number}").total_used == 5 * number
+    engine.dispose()
+    assert [operation.held for operation in store.history(token.id)] == [5, 5]
+
+
+def test_a_connection_that_is_killed_in_the_middle_of_a_commit(database, store):
+    if database.is_mysql:
+        pytest.skip("MariaDB runs nothing at a COMMIT")
+    key, token = create(store)
+    with failing(database, DIE, 1, deferred=True):
+        with pytest.raises(StoreError, match="not known whether"):
+            store.charge(key, 5, operation_id="x")
+        assert store.find(token.id) == token
+        assert store.charge(key, 5, operation_id="x").total_used == 5
+        assert store.charge(key, 5, operation_id="x").total_used == 5
+
+
+def test_a_commit_that_is_refused_is_begun_again(database, store):
+    if database.is_mysql:
+        pytest.skip("MariaDB runs nothing at a COMMIT")
+    key, _ = create(store)
+    with failing(database, again("40001", 1213), 2, deferred=True) as tried:
+        assert store.charge(key, 5).total_used == 5
+        assert tried() == 3

@@ -1,0 +1,48 @@
+"""An SQLite database and a store on it."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+from sqlite_ledger import AN_HOUR, NOW, open_store
+
+from usage_middleware import SQLiteTokenStore
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "tokens.db"
+
+
+@pytest.fixture
+def store(path):
+    with SQLiteTokenStore(path) as store:
+        yield store
+
+
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory):
+    """The file of a ledger to which the calls can be made."""
+    path = tmp_path_factory.mktemp("ledger") / "tokens.db"
+    with open_store(path, now=NOW - AN_HOUR) as store:
+        for key in ("one", "two", "three"):
+            store.create(key=key, total_available=1000, model_limits={"gpt-4o": 500, "free": True})
+        store.charge("one", 100, model="gpt-4o", operation_id="charge")
+        store.reserve("one", 200, model="gpt-4o", operation_id="open", expires_in=2 * AN_HOUR)
+        store.reserve("two", 900, model="free", operation_id="lapsed", expires_in=AN_HOUR / 2)
+        store.refund("charge", 10)
+        store.delete(3)
+    return path
+
+
+@pytest.fixture
+def folder():
+    """A directory that another user may enter, too: the path to ``tmp_path`` is for its owner alone."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        # What is imported when it is first needed is imported by whoever may.
+        with SQLiteTokenStore(os.path.join(name, "other.db")) as store:
+            store.get("no-such-key")
+        os.unlink(os.path.join(name, "other.db"))
+        yield Path(name)

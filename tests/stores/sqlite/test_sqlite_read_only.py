@@ -1,0 +1,68 @@
+"""SQLite databases that are only read."""
+
+import pytest
+from holders import create, status
+from sqlite_files import make_database, permissions, sql, untouched
+
+from usage_middleware import SQLiteTokenStore, StoreError
+
+# --- Read-only
+
+
+def test_a_read_only_store_reads_and_never_writes(path, store):
+    key, token = create(store)
+    with SQLiteTokenStore(path, read_only=True) as reader:
+        assert reader.get(key) == reader.find(token.id) == token
+        assert list(reader.tokens()) == [token]
+        assert status(reader, key) == 200
+        for use in (
+            reader.create,
+            lambda: reader.update(token.id, name="x"),
+            lambda: reader.rotate(token.id),
+            lambda: reader.delete(token.id),
+        ):
+            with pytest.raises(StoreError, match="was opened read-only") as caught:
+                use()
+            assert str(path) in str(caught.value)
+        changed = store.update(token.id, name="changed elsewhere")
+        assert reader.get(key) == changed
+    assert list(store.tokens()) == [changed]
+
+
+def test_a_read_only_store_makes_no_file(path, store):
+    reader = SQLiteTokenStore(path, read_only=True)
+    with pytest.raises(StoreError, match="there is no such file"):
+        reader.get("no-such-key")
+    assert status(reader, "no-such-key") == 503
+    assert list(path.parent.iterdir()) == []
+    key, _ = create(store)
+    with reader:
+        assert status(reader, key) == 200
+
+
+@pytest.mark.parametrize("statement", ["PRAGMA user_version = 0", "CREATE TABLE other (id)"])
+def test_a_read_only_store_makes_no_tables(path, statement):
+    sql(path, statement)
+    reader = SQLiteTokenStore(path, read_only=True)
+    with untouched(path):
+        for use in (lambda: reader.get("no-such-key"), reader.create):
+            with pytest.raises(StoreError):
+                use()
+        with pytest.raises(StoreError, match="has not all tables"):
+            reader.get("no-such-key")
+        assert status(reader, "no-such-key") == 503
+    make_database(path)
+    with reader:
+        assert status(reader, "no-such-key") == 401
+
+
+def test_a_write_protected_file_is_not_written(folder):
+    path = folder / "tokens.db"
+    make_database(path)
+    before = path.read_bytes()
+    folder.chmod(0o777)
+    with permissions(path, 0o444), SQLiteTokenStore(path) as store:
+        with pytest.raises(StoreError, match="cannot be written") as caught:
+            store.create()
+        assert str(path) in str(caught.value)
+    assert path.read_bytes() == before

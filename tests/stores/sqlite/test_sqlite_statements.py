@@ -1,0 +1,190 @@
+"""Each statement of each call fails once: the call is whole, or it never was."""
+
+import functools
+import shutil
+import sqlite3
+from contextlib import contextmanager
+
+import pytest
+from sqlite_ledger import CALLS, READS, REPEATABLE, WRITES, content, nothing_random, open_store
+
+from usage_middleware import QuotaExceeded, StoreError
+
+# --- Statements that fail
+
+
+class Statements:
+    """The statements of all connections, in order, and the errors that some of them raise."""
+
+    def __init__(self):
+        self.seen = []
+        self._errors = {}
+
+    @contextmanager
+    def watched(self, errors=()):
+        """:param errors: by the statement's number, from 1, and whether they come ``"before"`` or ``"after"`` it is
+        done; or of a rollback, by that word."""
+        self.seen = seen = []
+        self._errors = dict(errors)
+        try:
+            yield seen
+        finally:
+            self.__init__()
+
+    def reach(self, place):
+        if place in self._errors:
+            raise self._errors[place]()
+
+
+@pytest.fixture
+def statements(monkeypatch):
+    """Watches the connections that are opened from now on. When the test is done with them, all are closed."""
+    statements = Statements()
+    opened = []
+
+    class Connection(sqlite3.Connection):
+        is_closed = False
+
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            opened.append(self)
+
+        def close(self):
+            super().close()
+            self.is_closed = True
+
+        def execute(self, sql, *parameters):
+            statements.seen.append(sql)
+            number = len(statements.seen)
+            statements.reach((number, "before"))
+            cursor = super().execute(sql, *parameters)
+            try:
+                statements.reach((number, "after"))
+            except BaseException:
+                cursor.close()  # which nobody but this frame, and so the traceback, has
+                raise
+            return cursor
+
+        def rollback(self):
+            statements.reach("rollback")
+            super().rollback()
+
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Connection))
+    yield statements
+    assert opened
+    left = [connection for connection in opened if not connection.is_closed]
+    for connection in left:
+        connection.close()
+    assert not left, "connections that nobody closed"
+
+
+def disk_full():
+    return sqlite3.OperationalError("database or disk is full")
+
+
+def io_error():
+    return sqlite3.OperationalError("disk I/O error")
+
+
+def locked():
+    return sqlite3.OperationalError("database is locked")
+
+
+each_error = pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        pytest.param(disk_full, StoreError, id="disk full"),
+        pytest.param(io_error, StoreError, id="I-O error"),
+        pytest.param(locked, StoreError, id="locked"),
+        pytest.param(KeyboardInterrupt, KeyboardInterrupt, id="interrupted"),
+        pytest.param(MemoryError, MemoryError, id="no memory"),
+    ],
+)
+
+
+def check_every_statement(start, call, statements, error, raised):
+    """Makes a call, and then once for each of its statements, which fails.
+
+    :param start: given a name, returns a path of its own and a store there; they are the same but for that.
+    """
+    path, store = start("whole")
+    with store:
+        before = content(path)
+        with statements.watched() as ran:
+            result = call(store)
+        after = content(path)
+    assert ran
+    places = [(number, "before") for number in range(1, len(ran) + 1)]
+    if error is KeyboardInterrupt:
+        # Python raises it when a statement is done. After the last of a transaction it comes too late to undo anything.
+        places += [(number, "after") for number, sql in enumerate(ran, 1) if sql != "COMMIT"]
+    for number, when in places:
+        path, store = start(f"{number} {when}")
+        with store:
+            with statements.watched({(number, when): error}), pytest.raises(raised) as caught:
+                call(store)
+            assert (raised is StoreError) == isinstance(caught.value.__cause__, sqlite3.Error)
+            # A call that takes more than one transaction, prune(), has done all in the first.
+            made = "COMMIT" in ran[: number - 1]
+            assert content(path) == (after if made else before)
+            again = call(store)
+            assert made or again == result
+            assert content(path) == after
+        path.unlink()
+
+
+@pytest.mark.parametrize("name", CALLS)
+@each_error
+def test_a_statement_that_fails(ledger, tmp_path, statements, name, error, raised):
+    def start(name):
+        path = shutil.copyfile(ledger, tmp_path / f"{name}.db")
+        store = open_store(path)
+        store.get("one")
+        return path, store
+
+    with nothing_random():
+        check_every_statement(start, CALLS[name], statements, error, raised)
+
+
+@pytest.mark.parametrize("exists", [pytest.param(True, id="a ledger"), pytest.param(False, id="no file")])
+@each_error
+def test_a_first_statement_that_fails(ledger, tmp_path, statements, exists, error, raised):
+    def start(name):
+        path = tmp_path / f"{name}.db"
+        if exists:
+            shutil.copyfile(ledger, path)
+        return path, open_store(path)
+
+    check_every_statement(start, READS["get"], statements, error, raised)
+
+
+def test_a_rollback_that_fails(ledger, tmp_path, statements):
+    path = shutil.copyfile(ledger, tmp_path / "tokens.db")
+    with open_store(path) as store:
+        store.get("one")
+        before = content(path)
+        with statements.watched({"rollback": io_error}), pytest.raises(QuotaExceeded):
+            store.grant(2, -1001)
+        assert content(path) == before
+        store.grant(2, -1000)
+
+
+@pytest.mark.parametrize("name", REPEATABLE)
+@each_error
+def test_an_answer_that_is_lost(ledger, tmp_path, statements, name, error, raised):
+    call = WRITES[name]
+    with open_store(shutil.copyfile(ledger, tmp_path / "1.db")) as store:
+        store.get("one")
+        with statements.watched() as ran:
+            result = call(store)
+    after = content(tmp_path / "1.db")
+    assert ran[-1] == "COMMIT"
+
+    path = shutil.copyfile(ledger, tmp_path / "2.db")
+    with open_store(path) as store:
+        store.get("one")
+        with statements.watched({(len(ran), "after"): error}), pytest.raises(raised):
+            call(store)
+        assert content(path) == after
+        assert call(store) == result
+        assert content(path) == after

@@ -1,0 +1,179 @@
+"""Writers, and servers, that are killed: a call is whole, or it never was.
+
+Each test is small by default and has its full size with ``--full``.
+"""
+
+import itertools
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import crash_writer
+import pytest
+from sqlite_ledger import content
+
+import usage_middleware
+from usage_middleware import StoreError
+from usage_middleware.keys import strip_prefix
+
+A_LOT = 10**12
+
+
+class Entry(NamedTuple):
+    """What is comparable of an operation."""
+
+    kind: str
+    amount: int
+    model: str | None
+    held: int
+    final_amount: int | None
+    refund_of: str | None = None
+
+
+def entry(operation):
+    return Entry(*(getattr(operation, field) for field in Entry._fields))
+
+
+def outcome(steps):
+    """The operations that these calls leave, by id."""
+    left = {}
+    for method, operation_id, amount, model, refund_of in steps:
+        if method == "charge":
+            left[operation_id] = Entry("charge", amount, model, amount, amount)
+        elif method == "reserve":
+            left[operation_id] = Entry("reserve", amount, model, amount, None)
+        elif method == "settle":
+            left[operation_id] = left[operation_id]._replace(held=amount, final_amount=amount)
+        else:
+            charge = left[refund_of]
+            left[refund_of] = charge._replace(held=charge.held - amount)
+            left[operation_id] = Entry("refund", amount, charge.model, 0, amount, refund_of)
+    return left
+
+
+def wait_until_nothing_runs(store, token_id):
+    """A server may learn of a client's death, and end its transaction, a moment after it: a transaction that has the
+    token's lock is the last."""
+    store._transact(lambda transaction: transaction.load(token_id))
+
+
+def first_steps(life, count):
+    return itertools.islice(crash_writer.steps(life), count)
+
+
+def kill_writers(text, key, lanes, lives):
+    """Kills writers one after the other, in several lanes at once. Returns how many calls of each have returned."""
+    command = [sys.executable, "-W", "error", crash_writer.__file__, text, key]
+    processes = [
+        subprocess.Popen([*command, str(lane), str(lives)], stdout=subprocess.PIPE, text=True) for lane in range(lanes)
+    ]
+    try:
+        reports = [process.communicate(timeout=1800)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0] * lanes
+    return {life: int(returned) for report in reports for life, returned in map(str.split, report.splitlines())}
+
+
+@pytest.mark.parametrize(
+    ("lanes", "lives", "all_lives"),
+    [
+        # The next one finds a database that nobody has open, and recovers it.
+        pytest.param(1, 10, 500, id="one at a time"),
+        # The others go on.
+        pytest.param(3, 4, 170, id="three at a time"),
+    ],
+)
+def test_a_writer_that_is_killed(store_text, full, lanes, lives, all_lives):
+    is_sqlite = "://" not in store_text
+    with usage_middleware.open_store(store_text) as store:
+        key, token = store.create(total_available=A_LOT, model_limits={"gpt-4o": A_LOT, "gpt-4o-mini": True})
+    key = strip_prefix(key)
+    returned = kill_writers(store_text, key, lanes, all_lives if full else lives)
+    assert len(returned) == lanes * (all_lives if full else lives)
+
+    def read():
+        """The history of each life, once it agrees with the totals."""
+        operations = list(store.history(token.id))
+        token_now = store.find(token.id)
+        held = sum(operation.held for operation in operations)
+        assert (token_now.total_used, token_now.total_available) == (held, A_LOT - held)
+        models = Counter()
+        for operation in operations:
+            models[operation.model] += operation.held
+        del models[None]
+        assert Counter(store.model_usage(token.id)) == models
+        lives = defaultdict(dict)
+        for operation in operations:
+            lives[operation.id.split("/")[0]][operation.id] = entry(operation)
+        assert len(operations) == sum(map(len, lives.values()))
+        return lives
+
+    if is_sqlite:
+        content(store_text)
+    with usage_middleware.open_store(store_text) as store:
+        wait_until_nothing_runs(store, token.id)
+        found = read()
+        assert found.keys() == returned.keys()
+        in_flight = 0
+        for life, count in returned.items():
+            # The one call that had not returned was made, or was not.
+            assert found[life] in (outcome(first_steps(life, count)), outcome(first_steps(life, count + 1)))
+            in_flight += found[life] != outcome(first_steps(life, count))
+        print(f"{len(returned)} killed, {sum(returned.values())} calls returned, {in_flight} made and not returned")
+
+        for life, count in returned.items():
+            crash_writer.take(next(itertools.islice(crash_writer.steps(life), count, None)), store, key)
+        assert read() == {life: outcome(first_steps(life, count + 1)) for life, count in returned.items()}
+
+
+def charge_until_acknowledged(store, key, name, done):
+    """Charges again and again, and repeats each charge until it returns. Returns how many did, and how many were
+    repeated."""
+    number = repeated = 0
+    while not done.is_set():
+        while True:
+            try:
+                store.charge(key, 1, model="gpt-4o", operation_id=f"{name}/{number}")
+                break
+            except StoreError:
+                repeated += 1
+                time.sleep(0.01)
+        number += 1
+    return number, repeated
+
+
+def test_a_server_that_is_killed(disposable_server, full):
+    kills = 50 if full else 3
+    done = threading.Event()
+    with (
+        usage_middleware.open_store(disposable_server.create_database()) as store,
+        ThreadPoolExecutor(4) as threads,
+    ):
+        key, token = store.create(total_available=A_LOT, model_limits={"gpt-4o": A_LOT})
+        writers = [threads.submit(charge_until_acknowledged, store, strip_prefix(key), name, done) for name in range(4)]
+        try:
+            for kill in range(kills):
+                used = store.find(token.id).total_used
+                while store.find(token.id).total_used < used + 20:
+                    assert not any(writer.done() for writer in writers)
+                time.sleep(random.Random(kill).uniform(0, 0.05))
+                disposable_server.kill()
+                disposable_server.start()
+        finally:
+            done.set()
+        counts = [writer.result(60) for writer in writers]
+        expected = [f"{name}/{number}" for name, (count, _) in enumerate(counts) for number in range(count)]
+        assert sorted(operation.id for operation in store.history(token.id)) == sorted(expected)
+        token = store.find(token.id)
+        assert (token.total_used, token.total_available) == (len(expected), A_LOT - len(expected))
+        assert store.model_usage(token.id) == {"gpt-4o": len(expected)}
+        assert all(repeated for _, repeated in counts)
+        print(f"{kills} kills, {len(expected)} charges, {sum(repeated for _, repeated in counts)} repeated")

@@ -1,0 +1,22 @@
+"""What the holder of a key gets from a store."""
+
+from client import ask
+
+from usage_middleware import UsageMiddleware
+from usage_middleware.keys import strip_prefix
+
+
+def wrapped(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [b"the wrapped application"]
+
+
+def create(store, **fields):
+    """Adds a token; returns its key as stores see it, and the token."""
+    key, token = store.create(**{"total_available": 1000, **fields})
+    return strip_prefix(key), token
+
+
+def status(store, key):
+    """The status that the endpoint has for a key."""
+    return ask(UsageMiddleware(wrapped, store), authorization=f"Bearer {key}").status

@@ -1,0 +1,107 @@
+"""What goes wrong between a store and its server, brought about at one moment.
+
+A trigger of the database does it, or a hook of the store's engine.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+
+from sqlalchemy import create_engine, event
+
+from usage_middleware import (
+    SQLAlchemyTokenStore,
+)
+
+
+@contextmanager
+def hooked_store(database, beginning, hook, **options):
+    """A store that calls ``hook`` once, when it is about to send a statement that begins so."""
+    engine = create_engine(database.url, **options)
+    hooks = [hook]
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def before(connection, cursor, statement, *rest):
+        if hooks and statement.startswith(beginning):
+            hooks.pop()()
+
+    try:
+        with SQLAlchemyTokenStore(engine) as store:
+            yield store
+        assert not hooks
+    finally:
+        engine.dispose()
+
+
+# Triggers that do something when an operation is inserted, a number of times. Sequences count in no transaction.
+TRIGGERS = {
+    "postgresql": (
+        "CREATE SEQUENCE attempts",
+        (
+            "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+            "IF nextval('attempts') <= {times} THEN {action}; END IF; RETURN NEW; END $$"
+        ),
+        "CREATE {kind} fail {when} INSERT ON usage_operations {deferred} FOR EACH ROW EXECUTE FUNCTION fail()",
+    ),
+    "mariadb": (
+        "CREATE SEQUENCE attempts",
+        (
+            "CREATE TRIGGER fail BEFORE INSERT ON usage_operations FOR EACH ROW "
+            "IF NEXTVAL(attempts) <= {times} THEN {action}; END IF"
+        ),
+    ),
+}
+
+
+AGAIN = {
+    "postgresql": "RAISE EXCEPTION 'again' USING ERRCODE = '{state}'",
+    "mariadb": "SIGNAL SQLSTATE '{state}' SET MYSQL_ERRNO = {number}",
+}
+
+
+DIE = {"postgresql": "PERFORM pg_terminate_backend(pg_backend_pid())", "mariadb": "KILL CONNECTION_ID()"}
+
+
+@contextmanager
+def failing(database, action, times, *, deferred=False):
+    """Every operation that is inserted fails, the first times. Gives a function that tells how many were tried."""
+    name = "mariadb" if database.is_mysql else "postgresql"
+    fields = {
+        "times": times,
+        "action": action[name],
+        "kind": "CONSTRAINT TRIGGER" if deferred else "TRIGGER",
+        "when": "AFTER" if deferred else "BEFORE",
+        "deferred": "DEFERRABLE INITIALLY DEFERRED" if deferred else "",
+    }
+    database.server.execute(
+        *(["SET GLOBAL log_bin_trust_function_creators = 1"] if database.is_mysql else []),
+    )
+    database.execute(*(statement.format(**fields) for statement in TRIGGERS[name]))
+    try:
+        yield (
+            lambda: (
+                database.execute("SELECT nextval(attempts)" if database.is_mysql else "SELECT nextval('attempts')")[0][
+                    0
+                ]
+                - 1
+            )
+        )
+    finally:
+        if database.is_mysql:
+            database.execute("DROP TRIGGER fail", "DROP SEQUENCE attempts")
+        else:
+            database.execute("DROP TRIGGER fail ON usage_operations", "DROP FUNCTION fail", "DROP SEQUENCE attempts")
+
+
+def again(state, number):
+    return {name: action.format(state=state, number=number) for name, action in AGAIN.items()}
+
+
+def waits(database):
+    """Whether some transaction waits for a lock of another."""
+    if database.is_mysql:
+        # What this table shows is made anew only where nobody has read it for a tenth of a second.
+        time.sleep(0.15)
+        return database.server.execute("SELECT * FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'")
+    return database.server.execute("SELECT * FROM pg_locks WHERE NOT granted")

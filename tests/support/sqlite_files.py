@@ -1,0 +1,122 @@
+"""The file of an SQLite database, as other programs read, hold and change it."""
+
+import os
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from usage_middleware import SQLiteTokenStore
+
+SUFFIXES = ("", "-wal", "-shm")  # of the database and the files that SQLite keeps next to it (sqlite.org/wal.html)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are seen in /proc")
+
+
+def sql(path, *statements):
+    """Runs statements in the database as another program does; returns the rows of the last."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for statement in statements:
+            rows = connection.execute(statement).fetchall()
+        return rows
+
+
+def content(path):
+    """The bytes of the database's files. Another process reads them: closing a file would give up the locks that
+    SQLite has on it in this one (sqlite.org/howtocorrupt.html, section 2.2)."""
+    names = [f"{path}{suffix}" for suffix in SUFFIXES if os.path.exists(f"{path}{suffix}")]
+    return subprocess.run(["cat", *names], stdout=subprocess.PIPE, check=True).stdout
+
+
+def open_files(path):
+    """The open files of this process that belong to the database: their numbers and names."""
+    files = {}
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{number}")
+        except FileNotFoundError:  # of the listing itself
+            continue
+        if target.startswith(str(path)):
+            files[number] = target
+    return files
+
+
+def count_connections(path):
+    """How many connections to the database this process has. Each has the log open for itself."""
+    return list(open_files(path).values()).count(f"{path}-wal")
+
+
+@contextmanager
+def another_process(path, *statements):
+    """Another process that has run statements in the database and keeps its connection until the end."""
+    program = (
+        "import sqlite3, sys\n"
+        "connection = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
+        "for statement in sys.argv[2:]: connection.execute(statement)\n"
+        "print('done', flush=True)\n"
+        "sys.stdin.read()\n"
+        "connection.close()\n"
+    )
+    command = [sys.executable, "-c", program, path, *statements]
+    # Its input is closed at the end, also of a test that failed, and that ends it.
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"done\n"
+        yield
+
+
+def watch_connections():
+    """A list of the connections that this process opens from now on, and a child of it from the fork on."""
+    opened = []
+
+    def hook(event, arguments):
+        if event == "sqlite3.connect/handle":
+            opened.append(arguments[0])
+
+    sys.addaudithook(hook)
+    return opened
+
+
+def use_two_connections(store, key):
+    # A transaction holds the first.
+    store._transact(lambda transaction: store.get(key))
+
+
+@contextmanager
+def without_privileges():
+    """As somebody who is bound by the permissions of files, which root is not."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@contextmanager
+def permissions(path, mode):
+    before = path.stat().st_mode
+    path.chmod(mode)
+    try:
+        with without_privileges():
+            yield
+    finally:
+        path.chmod(before)
+
+
+@contextmanager
+def untouched(path):
+    before = path.read_bytes()
+    yield
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def make_database(path):
+    with SQLiteTokenStore(path) as store:
+        store.create()
