@@ -1,35 +1,122 @@
-"""The ``Authorization`` header: from a request to the caller's key, or to the reason why there is none."""
+"""From a request to the token of its key, or to a refusal: one way, which every endpoint and the meter take."""
 
 from __future__ import annotations
 
+import logging
 import re
-from typing import TYPE_CHECKING, Final
+import time
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, TypeVar
 
+from ..errors import StoreError
 from ..keys import KEY_PATTERN, strip_prefix
+from ..stores.base import TokenStore
+from ..tokens import Token
+from .refusals import MALFORMED, NO_KEY, THROTTLED, UNAVAILABLE, UNKNOWN, Refused
+from .throttle import Throttle
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
+logger = logging.getLogger("usage_middleware")
+
+_Answer = TypeVar("_Answer")
+
 # RFC 9110 section 11.4: the scheme is case-insensitive, one or more spaces follow it.
 _BEARER: Final = re.compile(rf"(?i:bearer) +({KEY_PATTERN})")
+# A key is refused no sooner than so many seconds after the store was asked for it, or the time would tell a disabled
+# key, whose row is found and read, from an unknown one. By then a store in memory or on a local disk has answered.
+_REFUSED_AFTER: Final = 0.0005
+_RETRY_AFTER: Final = 5  # seconds; a store that failed is worth another try soon
+# What repr() and JSON put before or around the characters of a key.
+_QUOTING: Final = str.maketrans("", "", "\\'\"")
 
 
 def bearer_key(environ: WSGIEnvironment) -> str | None:
-    """The key that a request carries as ``Authorization: Bearer KEY``, as the endpoint itself reads it.
+    """Return the key that a request carries as ``Authorization: Bearer KEY``, as the endpoint itself reads it.
 
-    A host application uses it to charge the key that it serves. One leading ``sk-`` is stripped, which is the form
-    that stores take.
+    A host application uses it to charge the key that it serves. The ``sk-`` in front is stripped, which is the form
+    that stores see.
 
     :param environ: the request's WSGI environment (Flask: ``request.environ``).
-    :return: the key, or ``None`` where the header is absent, malformed, or of another scheme.
+    :return: the key, or ``None`` if the header is absent, malformed, or of another scheme.
     """
     match = _BEARER.fullmatch(_header(environ))
     return (strip_prefix(match[1]) or None) if match else None
 
 
 def has_authorization(environ: WSGIEnvironment) -> bool:
-    """Whether the request carries an ``Authorization`` header that is not empty."""
+    """Return whether the request carries an ``Authorization`` header that is not empty."""
     return bool(_header(environ))
+
+
+class Authentication:
+    """Finds the key of a request and asks the store about it.
+
+    :param store: where tokens are looked up.
+    :param key: from a request to its key, or to ``None`` if it carries none that can be one.
+    :param throttle: counts those who guess, or ``None``.
+
+    A refusal is a :class:`~.refusals.Refused` of the kinds ``NO_KEY``, ``MALFORMED``, ``UNKNOWN``, ``THROTTLED`` and
+    ``UNAVAILABLE``; what they look like is for the caller to decide. Who fails too often is told ``THROTTLED`` in
+    place of ``MALFORMED`` and ``UNKNOWN``. ``NO_KEY`` is not a guess and is never counted.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        *,
+        key: Callable[[WSGIEnvironment], str | None] = bearer_key,
+        throttle: Throttle | None = None,
+    ) -> None:
+        self._store = store
+        self._key = key
+        self._throttle = throttle
+
+    def ask(self, environ: WSGIEnvironment, question: Callable[[str], _Answer]) -> _Answer:
+        """Return what ``question`` returns for the request's key.
+
+        All that may ask the store belongs into the question. An exception that it raises is logged without the key,
+        and becomes ``UNAVAILABLE``; only a :class:`Refused` leaves it as it is. A question that finds out that the key
+        is unknown or disabled raises ``Refused(UNKNOWN)``, and nothing in the answer tells which of them it was:
+        neither bytes nor time.
+
+        :raises Refused: there is no key, or it is refused.
+        """
+        key = self._key(environ)
+        if key is None:
+            raise self._guessed(environ, MALFORMED) if has_authorization(environ) else Refused(NO_KEY)
+        asked_at = time.perf_counter()
+        try:
+            return question(key)
+        except Refused as refused:
+            if refused.kind != UNKNOWN:
+                raise
+        except Exception as error:
+            logger.error("%s", _failure(self._store, error, key))
+            raise Refused(UNAVAILABLE, retry_after=_RETRY_AFTER) from None
+        time.sleep(max(asked_at + _REFUSED_AFTER - time.perf_counter(), 0))
+        raise self._guessed(environ, UNKNOWN)
+
+    def token(self, key: str) -> Token:
+        """Return the token of a key: what most questions begin with.
+
+        :raises Refused: the key is unknown, or its token is disabled.
+        :raises StoreError: the store returned something else than a token.
+        """
+        token = self._store.get(key)
+        if token is None:
+            raise Refused(UNKNOWN)
+        if not isinstance(token, Token):
+            raise StoreError(f"get() returned {type(token).__name__}, which is not a Token")
+        if not token.enabled:
+            raise Refused(UNKNOWN)
+        return token
+
+    def _guessed(self, environ: WSGIEnvironment, kind: str) -> Refused:
+        seconds = self._throttle.failed(environ) if self._throttle else 0
+        return Refused(THROTTLED, retry_after=seconds) if seconds else Refused(kind)
 
 
 def _header(environ: WSGIEnvironment) -> str:
@@ -37,3 +124,22 @@ def _header(environ: WSGIEnvironment) -> str:
     # which make the value malformed.
     value: str = environ.get("HTTP_AUTHORIZATION", "")
     return value.strip(" \t")
+
+
+def _failure(store: object, error: Exception, key: str) -> str:
+    """What a store raised, as a text that does not hold ``key``, whatever the exception quotes."""
+    text = f"{type(store).__name__} failed: {type(error).__qualname__}"
+    if isinstance(error, StoreError):
+        text += _without(key, error)
+    # Places, without source lines, values or the texts of chained exceptions.
+    places = (f"\n  {f.filename}:{f.lineno} in {f.name}" for f in traceback.extract_tb(error.__traceback__))
+    return text + "".join(places)
+
+
+def _without(key: str, error: StoreError) -> str:
+    """What the log says of an error beyond its type: its text, unless that holds ``key``, quoted in whatever way."""
+    try:
+        text = str(error)
+    except Exception:
+        return ""
+    return "" if key.translate(_QUOTING) in text.translate(_QUOTING) else f": {text}"

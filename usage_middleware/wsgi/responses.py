@@ -1,28 +1,27 @@
-"""Every body and header that the endpoint sends.
+"""Statuses, headers and bodies, and CORS: what every answer has in common, whichever endpoint gives it.
 
-The answers that do not depend on the token are built once, when the middleware is constructed. A request chooses
-one set of them by its ``Origin``, and one answer from the set.
+A request chooses one :class:`Responses` by its ``Origin``. An endpoint brings the body of a success; a refusal is
+rendered here, from the endpoint's table of problems and in the endpoint's form of an error body.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
-from typing import Final
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Final
 
-from ..tokens import Token, wire_form
+from .refusals import METHODS, PROBLEMS, Header, Problem, Refused
 
-Header = tuple[str, str]
-
-METHODS: Final = "GET, HEAD, OPTIONS"
-RETRY_AFTER: Final = "5"  # seconds; a store that failed is worth another try soon
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
 
 _EVERY_ANSWER: Final[tuple[Header, ...]] = (
     # Whose key it is decides what the answer says, and it is out of date with the next charge.
     ("Cache-Control", "no-store"),
     ("X-Content-Type-Options", "nosniff"),
 )
+_JSON: Final[Header] = ("Content-Type", "application/json; charset=utf-8")
 _ALLOWED_REQUEST_HEADERS: Final = ("Authorization", "Content-Type")
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 section 5.6.2, token
 # RFC 6454 section 6.2, as browsers serialise it: without capitals, and no pattern.
@@ -31,51 +30,65 @@ _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.\-]*://[^\s/?#,@*A-Z]+")
 
 #: One answer: the status and the headers, as ``start_response`` takes them, and the body, which ``HEAD`` does not get.
 Response = tuple[str, tuple[Header, ...], bytes]
+#: From the kind of a refusal and its message to the body that says so.
+ErrorBody = Callable[[str, str], str]
+
+
+def error_body(kind: str, message: str) -> str:
+    """Return the error body of the wire contract: it has no code, so the kind shows in the status and the message."""
+    return json.dumps({"success": False, "message": message}, separators=(",", ":"))
 
 
 class Responses:
-    """Every answer, with the CORS headers that one origin gets.
+    """The answers of one family of endpoints, with the CORS headers that one origin gets.
 
     :param allow_origin: the value of ``Access-Control-Allow-Origin``, or ``None`` for no CORS header at all.
     :param vary: whether the value depends on the request's ``Origin``.
+    :param problems: what each kind of refusal looks like.
+    :param error_body: how a refusal is written.
     """
 
-    def __init__(self, allow_origin: str | None, *, vary: bool = False) -> None:
-        self._allow_origin = allow_origin
-        self._headers: tuple[Header, ...] = _EVERY_ANSWER
+    def __init__(
+        self,
+        allow_origin: str | None,
+        *,
+        vary: bool = False,
+        problems: Mapping[str, Problem] = PROBLEMS,
+        error_body: ErrorBody = error_body,
+    ) -> None:
+        self._problems = problems
+        self._error_body = error_body
+        headers = _EVERY_ANSWER
         if allow_origin is not None:
-            self._headers += (("Access-Control-Allow-Origin", allow_origin),)
+            headers += (("Access-Control-Allow-Origin", allow_origin),)
         if vary:
-            self._headers += (("Vary", "Origin"),)
-        self._body_headers = (("Content-Type", "application/json; charset=utf-8"), *self._headers)
-        self.no_authorization = self._refusal(
-            "401 Unauthorized", "No Authorization header", ("WWW-Authenticate", "Bearer")
-        )
-        # RFC 6750 section 3.1: invalid_token is also the error of a token that is expired, revoked or malformed.
-        invalid_token = ("WWW-Authenticate", 'Bearer error="invalid_token"')
-        self.invalid_bearer_token = self._refusal("401 Unauthorized", "Invalid Bearer token", invalid_token)
-        self.token_not_found = self._refusal("401 Unauthorized", "token not found", invalid_token)
-        self.method_not_allowed = self._refusal("405 Method Not Allowed", "Method Not Allowed", ("Allow", METHODS))
-        self.service_unavailable = self._refusal(
-            "503 Service Unavailable", "Service Unavailable", *self._retry_after(RETRY_AFTER)
-        )
+            headers += (("Vary", "Origin"),)
+        self._json_headers = (_JSON, *headers)
+        self._preflight_headers = (*headers, ("Allow", METHODS))
+        self._has_cors = allow_origin is not None
 
-    def usage(self, token: Token) -> Response:
-        """The answer 200 that describes ``token``."""
-        return self._with_body("200 OK", '{"code":true,"message":"ok","data":%s}' % wire_form(token))
+    def ok(self, body: bytes) -> Response:
+        """Return the answer 200 with a JSON body."""
+        return "200 OK", (("Content-Length", str(len(body))), *self._json_headers), body
 
-    def too_many_requests(self, seconds: int) -> Response:
-        """The answer 429 to a client that may fail again after so many seconds."""
-        return self._refusal("429 Too Many Requests", "Too Many Requests", *self._retry_after(str(seconds)))
+    def refusal(self, refused: Refused) -> Response:
+        """Return the answer to a request that is refused."""
+        status, message, headers = self._problems[refused.kind]
+        body = self._error_body(refused.kind, refused.message or message).encode()
+        if refused.retry_after:
+            headers += (("Retry-After", str(refused.retry_after)),)
+            if self._has_cors:
+                headers += (("Access-Control-Expose-Headers", "Retry-After"),)
+        return status, (("Content-Length", str(len(body))), *self._json_headers, *headers), body
 
     def preflight(self, requested_headers: str) -> Response:
-        """The answer 204 to ``OPTIONS``.
+        """Return the answer 204 to ``OPTIONS``.
 
-        :param requested_headers: the value of ``Access-Control-Request-Headers``; names in it that are no valid
-            header names are left out.
+        :param requested_headers: the value of ``Access-Control-Request-Headers``; what is not a valid header name in
+            it is left out.
         """
-        headers = (*self._headers, ("Allow", METHODS))
-        if self._allow_origin is not None:
+        headers = self._preflight_headers
+        if self._has_cors:
             headers += (
                 ("Access-Control-Allow-Methods", METHODS),
                 ("Access-Control-Allow-Headers", _allowed_headers(requested_headers)),
@@ -83,30 +96,40 @@ class Responses:
             )
         return "204 No Content", headers, b""
 
-    def _refusal(self, status: str, message: str, *headers: Header) -> Response:
-        body = json.dumps({"success": False, "message": message}, separators=(",", ":"))
-        return self._with_body(status, body, *headers)
 
-    def _with_body(self, status: str, text: str, *headers: Header) -> Response:
-        body = text.encode()
-        return status, (("Content-Length", str(len(body))), *self._body_headers, *headers), body
-
-    def _retry_after(self, seconds: str) -> tuple[Header, ...]:
-        retry_after = ("Retry-After", seconds)
-        if self._allow_origin is None:
-            return (retry_after,)
-        return (retry_after, ("Access-Control-Expose-Headers", "Retry-After"))
-
-
-def responses_by_origin(allow_origins: str | Collection[str]) -> tuple[dict[str, Responses], Responses]:
-    """The answers for each listed origin, and those for every other request.
+class ResponsesByOrigin:
+    """Chooses the :class:`Responses` of a request by its ``Origin``.
 
     :param allow_origins: ``"*"``, a collection of origins such as ``"https://app.example"``, or ``()`` for no CORS.
-    :raises TypeError: it is neither ``"*"`` nor a collection of ``str``.
-    :raises ValueError: an item is no origin: a scheme and a host, with a port where it is not the default.
+    :param problems, error_body: as :class:`Responses` takes them.
+    :raises TypeError: ``allow_origins`` is neither ``"*"`` nor a collection of ``str``.
+    :raises ValueError: an item is not an origin: a scheme and a host, with a port where it is not the default.
     """
+
+    def __init__(
+        self,
+        allow_origins: str | Collection[str],
+        *,
+        problems: Mapping[str, Problem] = PROBLEMS,
+        error_body: ErrorBody = error_body,
+    ) -> None:
+        def responses(allow_origin: str | None, vary: bool) -> Responses:
+            return Responses(allow_origin, vary=vary, problems=problems, error_body=error_body)
+
+        listed = _checked_origins(allow_origins)
+        # Vary stands on the answers to other origins too, or a cache would hand them to a listed one
+        # (Fetch standard, "CORS protocol and HTTP caches").
+        self._listed = {origin: responses(origin, True) for origin in listed}
+        self._others = responses("*" if allow_origins == "*" else None, bool(listed))
+
+    def of(self, environ: WSGIEnvironment) -> Responses:
+        """Return the answers that the request's origin may get."""
+        return self._listed.get(environ.get("HTTP_ORIGIN", ""), self._others)
+
+
+def _checked_origins(allow_origins: str | Collection[str]) -> Collection[str]:
     if allow_origins == "*":
-        return {}, Responses("*")
+        return ()
     if isinstance(allow_origins, (str, bytes)) or not isinstance(allow_origins, Collection):
         raise TypeError(f"allow_origins must be '*', a collection of origins, or (), got {allow_origins!r}")
     for origin in allow_origins:
@@ -114,9 +137,7 @@ def responses_by_origin(allow_origins: str | Collection[str]) -> tuple[dict[str,
             raise TypeError(f"allow_origins must hold str, got {origin!r}")
         if origin != "null" and not (origin.isascii() and _ORIGIN.fullmatch(origin)):
             raise ValueError(f"allow_origins must hold origins such as 'https://app.example', got {origin!r}")
-    # Vary stands on the answers to other origins too, or a cache would hand them to a listed one
-    # (Fetch standard, "CORS protocol and HTTP caches").
-    return {o: Responses(o, vary=True) for o in allow_origins}, Responses(None, vary=bool(allow_origins))
+    return allow_origins
 
 
 def _allowed_headers(requested: str) -> str:

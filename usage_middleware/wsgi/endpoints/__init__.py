@@ -1,0 +1,1 @@
+"""What is answered here: an endpoint in a file."""
