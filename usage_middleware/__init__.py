@@ -14,11 +14,11 @@ from .errors import TokenExpired as TokenExpired
 from .errors import TokenNotFound as TokenNotFound
 from .errors import UsageMiddlewareError as UsageMiddlewareError
 from .operations import Operation as Operation
+from .stores import NEED_SQLALCHEMY, load
+from .stores import open_store as open_store
 from .stores.base import QuotaStore as QuotaStore
 from .stores.base import TokenStore as TokenStore
 from .stores.memory import MemoryTokenStore as MemoryTokenStore
-from .stores.opening import NEED_SQLALCHEMY, load
-from .stores.opening import open_store as open_store
 from .stores.sqlite.sqlite_store import SQLiteTokenStore as SQLiteTokenStore
 from .tokens import Token as Token
 from .wsgi.authentication import bearer_key as bearer_key

@@ -97,7 +97,7 @@ def test_serve_names_the_extra_that_a_limit_needs(db, monkeypatch):
     run("create")
     monkeypatch.setitem(sys.modules, "limits", None)
     _, err = run("serve", "--throttle", "3 per minute", status=2)
-    assert err == "Error: throttle needs the package limits: pip install 'usage-middleware[throttle]'\n"
+    assert err == "Error: throttle needs the package limits: pip install limits\n"
 
 
 def test_a_port_that_is_taken(db):

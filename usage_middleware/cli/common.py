@@ -11,17 +11,15 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
+from .. import stores
 from ..errors import TokenNotFound, UsageMiddlewareError
-from ..stores import opening
 from ..stores.base import QuotaStore
 from ..stores.memory import MemoryTokenStore
-from ..stores.sqlite.sqlite_store import SQLiteTokenStore
 from ..tokens import Token
 from . import formats
 
 if TYPE_CHECKING:
     from ..stores.new_api.new_api_store import NewAPITokenStore
-    from ..stores.sql.sql_store import SQLAlchemyTokenStore
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -95,24 +93,19 @@ def _open(*, create: bool = False, read_only: bool = False) -> QuotaStore | NewA
     database = click.get_current_context().meta.get(_DATABASE)
     if not database:
         raise click.UsageError("which database? Name it with --db DATABASE or in USAGE_MIDDLEWARE_DB")
-    if database == "memory:":
+    if database == stores.MEMORY:
         raise click.UsageError("a store in memory ends with the command; name a file or the URL of a database")
-    path = opening.sqlite_path(database)
+    path = stores.file_path(database)
     if path is not None and not Path(path).exists():
         if not create:
             raise click.UsageError(f"there is no database {path}; 'usage-middleware create' makes one")
         if read_only:
             return MemoryTokenStore()
     try:
-        if opening.is_new_api(database):
-            new_api: NewAPITokenStore = opening.load("NewAPITokenStore")(database)
-            return new_api
-        if path is not None:
-            return SQLiteTokenStore(path, read_only=read_only)
-        store: SQLAlchemyTokenStore = opening.load("SQLAlchemyTokenStore")(database)
+        store: QuotaStore | NewAPITokenStore = stores.open_and_ask(database, read_only=read_only)
     except ImportError as error:
         raise click.UsageError(str(error)) from None
-    if (create and not read_only) or store.has_tables():
+    if (create and not read_only) or not hasattr(store, "has_tables") or store.has_tables():
         return store
     store.close()
     if create:

@@ -11,19 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final, Protocol
+from typing import BinaryIO, Final, Protocol
 
+from .. import stores
 from ..errors import DamagedToken, StoreError
-from ..stores import opening
 from ..stores.base import check_record
-from ..stores.sqlite.sqlite_store import SQLiteTokenStore
 from ..tokens import TokenRecord
 from .fields import LINE_LIMIT, BadRow
 from .records import UnreadableSource, read_csv, read_json_lines, reason
-
-if TYPE_CHECKING:
-    from ..stores.new_api.new_api_store import NewAPITokenStore
-    from ..stores.sql.sql_store import SQLAlchemyTokenStore
 
 _Rows = Iterator[tuple[int, TokenRecord | BadRow]]
 
@@ -69,6 +64,8 @@ def open_source(text: str, format_name: str | None) -> AbstractContextManager[So
         if format_name is None:
             raise UnreadableSource("name the format of standard input with --format csv or --format jsonl")
         return _text_source(sys.stdin.buffer, format_name)
+    if text == stores.MEMORY:
+        raise UnreadableSource("a store in memory ends with the command that made it")
     if "://" in text:
         return _database_source(_open_database(text))
     try:
@@ -88,18 +85,11 @@ def open_source(text: str, format_name: str | None) -> AbstractContextManager[So
 
 
 def _open_database(text: str) -> _Database:
-    """The database of a path or a URL. The one place that knows which kinds there are."""
     try:
-        if opening.is_new_api(text):
-            new_api: NewAPITokenStore = opening.load("NewAPITokenStore")(text)
-            return new_api
-        path = opening.sqlite_path(text)
-        if path is not None:
-            return SQLiteTokenStore(path, read_only=True)
-        store: SQLAlchemyTokenStore = opening.load("SQLAlchemyTokenStore")(text)
-        if store.has_tables():
-            return store
-        store.close()
+        database: _Database = stores.open_and_ask(text, read_only=True)
+        if not hasattr(database, "has_tables") or database.has_tables():
+            return database
+        database.close()
     except (StoreError, ValueError, ImportError) as error:
         raise UnreadableSource(str(error)) from None
     raise UnreadableSource("this database has no tokens")

@@ -19,6 +19,8 @@ from ipaddress import IPv6Address, IPv6Network, ip_address
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import SplitResult, urlsplit
 
+from ..extras import how_to_install
+
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
     from limits.storage import Storage
@@ -134,7 +136,7 @@ def _parsed(limit: str) -> tuple[int, int, str]:
     try:
         from limits import parse_many
     except ImportError as error:
-        raise ImportError("throttle needs the package limits: pip install 'usage-middleware[throttle]'") from error
+        raise ImportError(f"throttle needs the package limits: {how_to_install('throttle')}") from error
     try:
         (item,) = parse_many(limit)
     except ValueError:

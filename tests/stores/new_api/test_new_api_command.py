@@ -17,7 +17,7 @@ from usage_middleware import (
     SQLAlchemyTokenStore,
     SQLiteTokenStore,
 )
-from usage_middleware.stores.opening import is_new_api
+from usage_middleware.stores import is_new_api
 
 # --- Which database is one of new-api
 
@@ -129,7 +129,7 @@ def test_only_create_makes_tables_in_a_server(url):
         ("root:canary@tcp(localhost:3306)/oneapi", "has the form mysql://user:password@host/name"),
         ("postgresql://user:canary@127.0.0.1:1/name", "127.0.0.1:1/name failed"),
         ("mysql://user:canary@127.0.0.1:1/name", "127.0.0.1:1/name failed"),
-        ("oracle://user:canary@127.0.0.1:1/name", "oracle is none of the databases"),
+        ("oracle://user:canary@127.0.0.1:1/name", "there is no store for oracle://"),
         ("mysql+mysqldb://user:canary@127.0.0.1:1/name", "needs the package MySQLdb"),
         ("sqlite://", "has the form sqlite:///PATH"),
         ("sqlite:///missing.db", "there is no database missing.db"),
@@ -150,11 +150,14 @@ WITHOUT_SQLALCHEMY = "import sys; sys.modules['sqlalchemy'] = None; from usage_m
 
 
 def test_without_sqlalchemy_one_line_says_what_to_install(sqlite_gateway):
-    for database in (sqlite_gateway.url, "mysql://user:canary@127.0.0.1/name"):
+    for database, name in (
+        (sqlite_gateway.url, "NewAPITokenStore"),
+        ("mysql://user:canary@127.0.0.1/name", "SQLAlchemyTokenStore"),
+    ):
         done = subprocess.run(
             [sys.executable, "-c", WITHOUT_SQLALCHEMY, "serve", "--db", database], capture_output=True, text=True
         )
         assert done.returncode == 2
         assert done.stderr == (
-            "Error: NewAPITokenStore needs SQLAlchemy; pip install 'usage-middleware[sql]' brings it\n"
+            f"Error: {name} needs SQLAlchemy: pip install sqlalchemy 'psycopg[binary]' 'pymysql[rsa]'\n"
         )

@@ -18,7 +18,7 @@ from usage_middleware import (
     NewAPITokenStore,
     StoreError,
 )
-from usage_middleware.stores.opening import is_new_api
+from usage_middleware.stores import is_new_api
 from usage_middleware.stores.sqlite import reading
 
 # --- An SQLite file that is left alone

@@ -38,11 +38,11 @@ from sqlalchemy.exc import NoSuchTableError, SQLAlchemyError
 from ...errors import DamagedToken, StoreError
 from ...keys import KEY_PATTERN, key_digest, key_hint
 from ...tokens import Token, TokenRecord
-from ..opening import sqlite_path
 from ..sql.database import POSTGRESQL, Database
 from ..sql.sql_schema import MYSQL, schema
 from ..sqlite import reading
 from ..sqlite.reading import Reader
+from ..sqlite.sqlite_url import sqlite_path
 
 _Result = TypeVar("_Result")
 _NewAPITokenStore = TypeVar("_NewAPITokenStore", bound="NewAPITokenStore")

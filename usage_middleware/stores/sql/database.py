@@ -12,6 +12,7 @@ from sqlalchemy import URL, Connection, Engine, Executable, Row, Select, create_
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, SQLAlchemyError
 
 from ...errors import StoreError
+from ...extras import how_to_install
 from .sql_schema import MYSQL
 
 POSTGRESQL: Final = ("postgresql", "cockroachdb")
@@ -57,7 +58,8 @@ class Database:
         self.dialect = url.get_backend_name()
         self.name = url.set(query={}).render_as_string(hide_password=True)
         if self.dialect not in dialects:
-            raise ValueError(f"{self.dialect} is none of the databases that can be used: {', '.join(dialects)}")
+            remedy = "; SQLite has SQLiteTokenStore" if self.dialect == "sqlite" else ""
+            raise ValueError(f"{self.dialect} is not one of {', '.join(dialects)}, which this store is for{remedy}")
         engine = url_or_engine if isinstance(url_or_engine, Engine) else _engine(url)
         if engine.dialect.is_async:
             raise ValueError(f"{url.drivername} is an asynchronous driver; choose one that is not")
@@ -235,8 +237,7 @@ def _engine(url: URL) -> Engine:
         )
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"{url.drivername} needs the package {error.name}; "
-            "pip install 'usage-middleware[sql]' brings psycopg and PyMySQL"
+            f"{url.drivername} needs the package {error.name}; {how_to_install('sql')} brings psycopg and PyMySQL"
         ) from None
     except SQLAlchemyError as error:
         raise ValueError(f"{url.drivername} is no driver that SQLAlchemy knows: {error}") from None
