@@ -91,6 +91,7 @@ def test_a_package_adds_a_scheme(site):
     )
 
 
+@pytest.mark.slow
 def test_every_command_takes_the_scheme_of_a_package(site):
     key = command(site, "create", "--db", "shelf://some.db", "--name", "Alice", "--quota", 10)[0].strip()
     assert "Alice" in command(site, "list", "--db", "shelf://some.db")[0]
@@ -113,6 +114,7 @@ def test_every_command_takes_the_scheme_of_a_package(site):
         ("shelf://", "the URL of a shelf has the form shelf://PATH"),
     ],
 )
+@pytest.mark.slow
 def test_what_a_package_gets_wrong_is_one_line(site, url, message):
     for args in (["list", "--db", url], ["serve", "--db", url], ["import", "--db", "x.db", url]):
         out, err = command(site, *args, status=2)
