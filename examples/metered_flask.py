@@ -37,7 +37,7 @@ def shout() -> str:
     request_id = request.headers.get("X-Request-Id") or uuid.uuid4().hex
     if len(request_id) > 200:
         raise BadRequest("X-Request-Id is too long")
-    operation_id = store.reserve(key, MOST_CHARACTERS, model=MODEL, operation_id=f"{token.id}:{request_id}")
+    operation_id = store.reserve(key, MOST_CHARACTERS, model=MODEL, idempotency_key=f"{token.id}:{request_id}")
 
     cost = 0
     try:

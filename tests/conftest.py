@@ -11,7 +11,7 @@ from places import ROOT
 
 pytest.register_assert_rewrite("usage_middleware.testing")
 
-from usage_middleware import MemoryTokenStore, SQLiteTokenStore, Token  # noqa: E402 - after the line above
+from usage_middleware import Changes, MemoryTokenStore, SQLiteTokenStore, Token  # noqa: E402 - after the line above
 from usage_middleware.keys import with_prefix  # noqa: E402
 
 
@@ -28,7 +28,8 @@ class Host:
             return
         # Stores see keys stripped; what is brought may still have the prefix.
         _, token = self.store.create(key=with_prefix(key))
-        self.store._transact(lambda transaction: transaction.save(dataclasses.replace(token, **fields)))
+        changes = Changes(before=token, token=dataclasses.replace(token, **fields))
+        self.store._transact(lambda transaction: transaction.save(changes))
 
 
 @pytest.fixture(params=["dict", "memory", "sqlite"])

@@ -2,6 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+from .accounts import Account as Account
+from .accounts import Changes as Changes
+from .accounts import Lookup as Lookup
+from .accounts import Step as Step
 from .errors import DamagedToken as DamagedToken
 from .errors import ModelNotAllowed as ModelNotAllowed
 from .errors import OperationConflict as OperationConflict
@@ -18,9 +22,13 @@ from .stores import NEED_SQLALCHEMY, load
 from .stores import open_store as open_store
 from .stores.base import QuotaStore as QuotaStore
 from .stores.base import TokenStore as TokenStore
+from .stores.findings import Finding as Finding
 from .stores.memory import MemoryTokenStore as MemoryTokenStore
 from .stores.sqlite.sqlite_store import SQLiteTokenStore as SQLiteTokenStore
+from .stores.transaction import Transaction as Transaction
 from .tokens import Token as Token
+from .tokens import TokenRecord as TokenRecord
+from .usage import DayUsage as DayUsage
 from .wsgi.authentication import bearer_key as bearer_key
 from .wsgi.middleware import UsageMiddleware as UsageMiddleware
 

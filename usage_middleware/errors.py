@@ -19,7 +19,7 @@ class StoreError(UsageMiddlewareError):
 
 
 class DamagedToken(StoreError):
-    """A row of the database is no token.
+    """A row of the database is not a token.
 
     :param token_id: its id in that database.
     :param reason: what is wrong with it.
@@ -38,29 +38,66 @@ class QuotaError(UsageMiddlewareError):
     """The base of every refusal that is about a token, its quota or an operation on it."""
 
 
-class TokenNotFound(QuotaError):
+class _AboutToken(QuotaError):
+    def __init__(self, message: str = "", *, token_id: int | None = None) -> None:
+        super().__init__(message)
+        #: The token's id, if the caller named it or the store found it.
+        self.token_id = token_id
+
+
+class TokenNotFound(_AboutToken):
     """There is no such token: it never existed or was deleted."""
 
 
-class TokenDisabled(QuotaError):
+class TokenDisabled(_AboutToken):
     """The token exists and its operator has switched it off."""
 
 
-class TokenExpired(QuotaError):
+class TokenExpired(_AboutToken):
     """The token's ``expires_at`` has passed."""
 
 
 class QuotaExceeded(QuotaError):
-    """The amount is more than the token, or the model's limit, has left."""
+    """The amount is more than the token, the model's limit, or the operation to refund has left.
+
+    :param requested: the quota units asked for: of a reservation with ``at_least``, the least that would have done.
+    :param available: the quota units that are left; negative when overdrawn.
+    :param held: the quota units that open reservations hold of the same quota. Some of them may come back: a caller
+        may try again if ``requested <= available + held``, and need not if it is more.
+    :param model: the model whose limit is exceeded; ``None``: it is the token's quota, or the operation's.
+    """
+
+    def __init__(
+        self, message: str = "", *, requested: int = 0, available: int = 0, held: int = 0, model: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.requested = requested
+        self.available = available
+        self.held = held
+        self.model = model
 
 
 class ModelNotAllowed(QuotaError):
-    """The token's model limits are enabled and do not list the model."""
+    """The token's model limits are enabled and do not list the model.
+
+    :param model: the model that was asked for.
+    """
+
+    def __init__(self, message: str = "", *, model: str | None = None) -> None:
+        super().__init__(message)
+        self.model = model
 
 
-class OperationNotFound(QuotaError):
+class _AboutOperation(QuotaError):
+    def __init__(self, message: str = "", *, operation_id: str | None = None) -> None:
+        super().__init__(message)
+        #: The operation's id, if the caller named it or the store found it.
+        self.operation_id = operation_id
+
+
+class OperationNotFound(_AboutOperation):
     """There is no operation of that id, or it was pruned."""
 
 
-class OperationConflict(QuotaError):
-    """The operation id was used before, for something else."""
+class OperationConflict(_AboutOperation):
+    """The operation cannot be changed in this way, or its idempotency key was used before, for another call."""

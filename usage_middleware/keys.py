@@ -21,28 +21,32 @@ _KEY: Final = re.compile(KEY_PATTERN)
 _KEY_ALPHABET: Final = string.ascii_letters + string.digits
 _KEY_LENGTH: Final = 48  # what public clients expect behind the prefix; 285 bits
 HINT_LENGTH: Final = 4
+HINT_MIN_KEY_LENGTH: Final = 24
 
 
 def strip_prefix(key: str) -> str:
-    """The key as stores see it: without one leading ``sk-``."""
-    return key.removeprefix(KEY_PREFIX)
+    """Return the key as stores see it: without any leading ``sk-``, however many there are."""
+    while key.startswith(KEY_PREFIX):
+        key = key[len(KEY_PREFIX) :]
+    return key
 
 
 def with_prefix(key: str) -> str:
-    """The stripped ``key`` as its holder writes it: with ``sk-``, unless that makes it longer than a key may be."""
-    written = KEY_PREFIX + key
-    return written if len(written) <= KEY_MAX_LENGTH else key
+    """Return ``key`` as its holder writes it: with one ``sk-``, unless that makes it longer than a key may be."""
+    stripped = strip_prefix(key)
+    written = KEY_PREFIX + stripped
+    return written if len(written) <= KEY_MAX_LENGTH else stripped
 
 
 def make_key() -> str:
-    """A new key, without the prefix: 48 letters and digits from :mod:`secrets`."""
+    """Return a new key without its prefix: 48 letters and digits from :mod:`secrets`."""
     return "".join(secrets.choice(_KEY_ALPHABET) for _ in range(_KEY_LENGTH))
 
 
 def check_key(key: object) -> str:
-    """A key that an operator brings, stripped.
+    """Return a key that an operator brings, stripped.
 
-    :raises TypeError: it is no ``str``.
+    :raises TypeError: it is not a ``str``.
     :raises ValueError: a client could not send it. Neither message shows the key.
     """
     if not isinstance(key, str):
@@ -57,7 +61,7 @@ def check_key(key: object) -> str:
 
 
 def key_digest(key: str) -> bytes:
-    """The SHA-256 digest of a stripped key: all that a store keeps of it.
+    """Return the SHA-256 digest of a key, with or without its prefix: all that a store keeps of it.
 
     A plain digest is right here, where a slow password hash would not be: a key has 285 random bits, which no
     dictionary holds, and the digest must be found by an index.
@@ -66,9 +70,14 @@ def key_digest(key: str) -> bytes:
         raise TypeError(f"a key must be a str, got {type(key).__name__}")
     # Any text has a digest, so that asking for a key that cannot exist is answered and not an encoding error
     # (whose traceback would show the key).
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(strip_prefix(key).encode("utf-8", "surrogatepass")).digest()
 
 
 def key_hint(key: str) -> str:
-    """The last four characters of a stripped key; nothing where four would be most of it."""
-    return key[-HINT_LENGTH:] if len(key) >= 2 * HINT_LENGTH else ""
+    """Return the last four characters of a key, to tell keys apart in lists; nothing for a short one.
+
+    Whoever reads the database has the digest too, and guesses what the hint leaves of a short key: 20 unknown
+    characters are beyond that, four are not.
+    """
+    stripped = strip_prefix(key)
+    return stripped[-HINT_LENGTH:] if len(stripped) >= HINT_MIN_KEY_LENGTH else ""

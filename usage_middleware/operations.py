@@ -1,185 +1,297 @@
 """The quota rules: what charging, reserving, settling, refunding and granting do to a token.
 
-Every rule is a pure function of a token and an operation. A store loads both, applies the rule, and saves what comes
-back, in one transaction; no store has a rule of its own.
+Every rule is a pure function of an :class:`~.accounts.Account`, which a store has loaded behind its lock, and returns
+the :class:`~.accounts.Changes` that the store saves. No store has a rule of its own.
 
 The law they keep: ``total_granted == total_used + total_available``. An operation *holds* the units that it has taken
 from a token and not given back. All that ever happens is that an operation comes to hold another number of units, so
-:func:`hold` is the one place where totals move, and a grant the only other.
+:func:`_moved` is the one place where totals move; only a grant and a renewal change what was granted.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from dataclasses import dataclass
-from typing import Final, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
 
+from .accounts import Account, Changes, Step
+from .checks import MAX_INTEGER
 from .errors import ModelNotAllowed, OperationConflict, QuotaExceeded, TokenDisabled, TokenExpired
+from .renewal import is_due, renewed
 from .tokens import Token
 
-MAX_INTEGER: Final = 2**63 - 1  # what a 64-bit column holds
-ID_MAX_LENGTH: Final = 255
-
-Kind = Literal["charge", "reserve", "refund", "grant"]
+Kind = Literal["charge", "reserve", "refund", "grant", "renewal"]
+KINDS: Final[tuple[Kind, ...]] = ("charge", "reserve", "refund", "grant", "renewal")
+_REQUESTS: Final = ("charge", "reserve")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
     """One entry of a token's history."""
 
+    #: Made by the store, and unique in it.
     id: str
     token_id: int
     kind: Kind
-    #: The quota units asked for: of a grant that takes back negative, of a refund of all that is left ``None``.
+    #: The quota units asked for: of a grant that takes back, and of a renewal of less than is left, negative; of a
+    #: refund of all that is left ``None``.
     amount: int | None
+    #: The caller's name for the call, unique for the token. ``None``: it was not given one.
+    idempotency_key: str | None = None
     model: str | None = None
     #: The units that it has taken from the token and not given back.
     held: int = 0
     #: Whether the token's quota was unlimited when it took them, so that they did not come from ``total_available``.
     unlimited: bool = False
+    #: The fewest units that a reservation would have taken.
+    at_least: int | None = None
     #: How many seconds a reservation lasts.
     expires_in: float | None = None
     #: Unix time at which a reservation lapses that is not settled.
     expires_at: float | None = None
     #: The units that it came to: what a reservation was settled with, what a refund gave back. ``None``: it is open.
     final_amount: int | None = None
+    input_tokens: int = 0
+    output_tokens: int = 0
     #: The id of the operation that a refund is of.
     refund_of: str | None = None
     #: Unix time, with a fraction.
     created_at: float = 0.0
     #: Unix time at which it last came to hold other units.
     changed_at: float = 0.0
-    #: Its place in the store's order.
-    number: int = 0
+    #: Its place in the store's order; 0 in what the call returns that makes it.
+    number: int = field(default=0, compare=False)
+    #: Whether the call that returned it found it already made, by its idempotency key. Not stored.
+    replayed: bool = field(default=False, compare=False)
 
     @property
     def is_open(self) -> bool:
         """Whether it is a reservation that is not settled, lapsed or not."""
         return self.final_amount is None
 
+    @property
+    def is_holding(self) -> bool:
+        """Whether it is an open reservation that holds units."""
+        return self.final_amount is None and self.held > 0
+
+    @property
+    def is_request(self) -> bool:
+        """Whether it is a charge or a reservation: what usage by day counts."""
+        return self.kind in _REQUESTS
+
     def has_lapsed(self, now: float) -> bool:
-        """Whether it is a reservation whose time has passed at ``now``."""
+        """Return whether it is a reservation whose time has passed at ``now``."""
         return self.expires_at is not None and self.expires_at <= now
 
+    def is_finished(self, before: float, lapsed_before: float) -> bool:
+        """Return whether it can be forgotten: nothing was done with it since ``before``, or since it lapsed."""
+        if self.final_amount is not None:
+            return self.changed_at < before
+        return self.held == 0 and self.expires_at is not None and self.expires_at <= lapsed_before
 
-def hold(token: Token, operation: Operation, units: int, *, unlimited: bool, now: float) -> tuple[Token, Operation]:
-    """Makes ``operation`` hold ``units`` of ``token``, whatever it held before.
 
-    :param unlimited: whether the units are taken from no quota: ``total_available`` then stays as it is.
-    :raises ValueError: a total would pass 2**63 - 1.
+def bring_up_to_date(account: Account, now: float, *, renewal_id: str) -> tuple[Account, Changes | None]:
+    """Give back what lapsed reservations hold, and begin a new period if one is due.
+
+    A lapsed reservation stays open: a late settle still charges.
+
+    :param renewal_id: the id of the operation that records a renewal.
+    :return: the account as it is then, and the changes that make it so; ``None``: nothing was due.
     """
-    returned = 0 if operation.unlimited else operation.held
-    taken = 0 if unlimited else units
+    if not account.lapsed and not is_due(account.token, now):
+        return account, None
+    token, operation, model_used = account.token, account.operation, account.model_used
+    steps = []
+    for lapsed in account.lapsed:
+        given_back = dataclasses.replace(lapsed, held=0, changed_at=now)
+        token = _moved(token, lapsed, given_back)
+        steps.append(Step(lapsed, given_back))
+        if operation is not None and operation.id == lapsed.id:
+            operation = given_back
+        if lapsed.model is not None and lapsed.model == account.model:
+            model_used -= lapsed.held
+    if is_due(token, now):
+        available = token.total_available
+        token = renewed(token, now)
+        check_totals(token)
+        steps.append(Step(None, _final(renewal_id, token, "renewal", token.total_available - available, now)))
+        if operation is not None and operation.is_holding:
+            operation = dataclasses.replace(operation, unlimited=False)
+    changes = Changes(before=account.token, token=token, steps=tuple(steps))
+    return dataclasses.replace(account, token=token, operation=operation, lapsed=(), model_used=model_used), changes
+
+
+def take(account: Account, operation: Operation, now: float) -> Changes:
+    """Take ``operation.amount`` units for a new charge or reservation; with ``at_least``, what there is of them.
+
+    :raises TokenDisabled, TokenExpired, ModelNotAllowed, QuotaExceeded: the token may not be charged.
+    """
+    token = account.token
+    _check_usable(token, now)
+    amount = operation.amount or 0
+    # It takes less only when nothing is left to be released.
+    least = amount if operation.at_least is None or account.more_lapsed else operation.at_least
+    for left, model in _limits(token, operation.model, account.model_used):
+        if least > 0 and left < least:
+            raise _exceeded(token, least, left, model)
+        amount = min(amount, max(left, 0))
+    final_amount = amount if operation.kind == "charge" else None
+    operation = dataclasses.replace(
+        operation, held=amount, unlimited=token.unlimited_quota, final_amount=final_amount, changed_at=now
+    )
+    return Changes(before=token, token=_moved(token, None, operation), steps=(Step(None, operation),))
+
+
+def settle(account: Account, amount: int, now: float, *, input_tokens: int, output_tokens: int) -> Changes:
+    """Set the final amount of the account's operation, which is an open reservation. It may overdraw the token."""
+    before = account.operation
+    assert before is not None
+    after = dataclasses.replace(
+        before,
+        held=amount,
+        unlimited=account.token.unlimited_quota,
+        final_amount=amount,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        changed_at=now,
+    )
+    return Changes(before=account.token, token=_moved(account.token, before, after), steps=(Step(before, after),))
+
+
+def refund(account: Account, made: Operation, now: float) -> Changes:
+    """Give back ``made.amount`` units of the account's operation, which is a charge; ``None``: all that are left.
+
+    :param made: the operation that records the refund.
+    :raises OperationConflict: the operation is of a kind that cannot be refunded, or is an open reservation.
+    :raises QuotaExceeded: fewer units are left of it.
+    """
+    before = account.operation
+    assert before is not None
+    if before.kind not in _REQUESTS:
+        raise OperationConflict(
+            f"operation {before.id!r} is a {before.kind}, which cannot be refunded", operation_id=before.id
+        )
+    if before.is_open:
+        raise OperationConflict(
+            f"operation {before.id!r} is an open reservation; settle it with 0 to release it", operation_id=before.id
+        )
+    units = before.held if made.amount is None else made.amount
+    if units > before.held:
+        raise QuotaExceeded(
+            f"operation {before.id!r} has {before.held} quota units left to refund, not {units}",
+            requested=units,
+            available=before.held,
+        )
+    after = dataclasses.replace(before, held=before.held - units, changed_at=now)
+    made = dataclasses.replace(made, model=before.model, final_amount=units, changed_at=now)
+    token = _moved(account.token, before, after)
+    return Changes(before=account.token, token=token, steps=(Step(before, after), Step(None, made)))
+
+
+def grant(account: Account, operation_id: str, idempotency_key: str | None, amount: int, now: float) -> Changes:
+    """Grant ``amount`` more units; a negative amount takes back what is available.
+
+    :raises QuotaExceeded: less than that is available.
+    """
+    before = account.token
+    if amount < 0 and before.total_available + amount < 0:
+        raise QuotaExceeded(
+            f"token {before.id} has {before.total_available} quota units available, {-amount} cannot be taken back",
+            requested=-amount,
+            available=before.total_available,
+            held=before.held,
+        )
+    token = dataclasses.replace(before, total_available=before.total_available + amount)
+    check_totals(token)
+    granted = _final(operation_id, token, "grant", amount, now, idempotency_key=idempotency_key)
+    return Changes(before=before, token=token, steps=(Step(None, granted),))
+
+
+def check_totals(token: Token) -> None:
+    """Refuse totals that a 64-bit integer does not hold.
+
+    :raises ValueError: a total would pass 2**63 - 1, or -(2**63 - 1).
+    """
+    for name in ("total_used", "total_available", "total_granted"):
+        total = getattr(token, name)
+        if not -MAX_INTEGER <= total <= MAX_INTEGER:
+            raise ValueError(f"{name} of token {token.id} would pass {'-(2**63 - 1)' if total < 0 else '2**63 - 1'}")
+
+
+def check_replay(operation: Operation, **arguments: object) -> None:
+    """Check that a call that names an operation again is the same call.
+
+    :raises OperationConflict: it is another.
+    """
+    for name, value in arguments.items():
+        if getattr(operation, name) != value:
+            raise OperationConflict(
+                f"operation {operation.id!r} was made before, with another {name}", operation_id=operation.id
+            )
+
+
+def _moved(token: Token, before: Operation | None, after: Operation) -> Token:
+    """Return the token after one of its operations has changed, or has come to be."""
+    units, from_quota, in_reserve = _holdings(after)
+    if before is not None:
+        units_before, from_quota_before, in_reserve_before = _holdings(before)
+        units, from_quota = units - units_before, from_quota - from_quota_before
+        in_reserve -= in_reserve_before
     token = dataclasses.replace(
         token,
-        total_used=token.total_used - operation.held + units,
-        total_available=token.total_available + returned - taken,
+        total_used=token.total_used + units,
+        total_available=token.total_available - from_quota,
+        held=token.held + in_reserve,
     )
-    check_totals(token)
-    return token, dataclasses.replace(operation, held=units, unlimited=unlimited, changed_at=now)
-
-
-def check_allowed(token: Token, amount: int, model: str | None, model_used: int, now: float) -> None:
-    """Whether ``token`` may take ``amount`` more units, for ``model`` if one is named.
-
-    :param model_used: what the model has used of the token so far.
-    :raises TokenDisabled, TokenExpired, ModelNotAllowed, QuotaExceeded: it may not.
-    """
-    if not token.enabled:
-        raise TokenDisabled(f"token {token.id} is disabled")
-    if 0 < token.expires_at <= now:
-        raise TokenExpired(f"token {token.id} has expired")
-    if model is not None and token.model_limits_enabled:
-        limit = token.model_limits.get(model)  # int or True
-        if limit is None:
-            raise ModelNotAllowed(f"token {token.id} does not allow the model {model!r}")
-        if limit is not True and amount > 0 and model_used + amount > limit:
-            raise QuotaExceeded(
-                f"token {token.id} has {max(limit - model_used, 0)} quota units left for the model {model!r}, "
-                f"{amount} are asked for"
-            )
-    if not token.unlimited_quota and 0 < amount > token.total_available:
-        raise QuotaExceeded(f"token {token.id} has {token.total_available} quota units left, {amount} are asked for")
-
-
-def grant(token: Token, amount: int) -> Token:
-    """The token with ``amount`` more units granted; a negative amount takes back.
-
-    :raises QuotaExceeded: less than nothing would be available.
-    :raises ValueError: a total would pass 2**63 - 1.
-    """
-    if amount < 0 and token.total_available + amount < 0:
-        raise QuotaExceeded(
-            f"token {token.id} has {token.total_available} quota units available, {-amount} cannot be taken back"
-        )
-    token = dataclasses.replace(token, total_available=token.total_available + amount)
     check_totals(token)
     return token
 
 
-def refundable(operation: Operation, amount: int | None) -> int:
-    """The units that a refund of ``amount`` gives back; of ``None``, all that are left.
-
-    :raises OperationConflict: the operation is of a kind that cannot be refunded, or is an open reservation.
-    :raises QuotaExceeded: less is left.
-    """
-    if operation.kind not in ("charge", "reserve"):
-        raise OperationConflict(f"operation {operation.id!r} is a {operation.kind}, which cannot be refunded")
-    if operation.is_open:
-        raise OperationConflict(f"operation {operation.id!r} is an open reservation; settle it with 0 to release it")
-    if amount is None:
-        return operation.held
-    if amount > operation.held:
-        raise QuotaExceeded(f"operation {operation.id!r} has {operation.held} quota units left to refund, not {amount}")
-    return amount
+def _holdings(operation: Operation) -> tuple[int, int, int]:
+    """Return the units that an operation holds, those of them that came from the token's quota, and those of them that
+    are not final."""
+    units = operation.held
+    return units, 0 if operation.unlimited else units, units if operation.is_open else 0
 
 
-def check_totals(token: Token) -> None:
-    """Refuses totals that a 64-bit integer does not hold.
-
-    :raises ValueError: a total would pass 2**63 - 1.
-    """
-    for field in ("total_used", "total_available", "total_granted"):
-        if getattr(token, field) > MAX_INTEGER:
-            raise ValueError(f"{field} of token {token.id} would pass 2**63 - 1")
+def _check_usable(token: Token, now: float) -> None:
+    if not token.enabled:
+        raise TokenDisabled(f"token {token.id} is disabled", token_id=token.id)
+    if 0 < token.expires_at <= now:
+        raise TokenExpired(f"token {token.id} has expired", token_id=token.id)
 
 
-def check_replay(operation: Operation, **arguments: object) -> None:
-    """Whether an operation id stands for the same call as before.
-
-    :raises OperationConflict: it was used for another.
-    """
-    for name, value in arguments.items():
-        if getattr(operation, name) != value:
-            raise OperationConflict(f"operation {operation.id!r} was made before, with another {name}")
-
-
-def check_amount(amount: object, *, negative: bool = False) -> None:
-    """:raises TypeError, ValueError: ``amount`` is no number of quota units."""
-    if not isinstance(amount, int) or isinstance(amount, bool):
-        # Without the value, here and below: what is no amount may be a key in the wrong place.
-        raise TypeError(f"an amount must be an int of quota units, got {type(amount).__name__}")
-    if not (-MAX_INTEGER if negative else 0) <= amount <= MAX_INTEGER:
-        least = "-(2**63 - 1)" if negative else "0"
-        raise ValueError(f"an amount must be {least} to 2**63 - 1 quota units, got {amount}")
+def _limits(token: Token, model: str | None, model_used: int) -> Iterator[tuple[int, str | None]]:
+    """Yield the units that are left of each limit that a charge is held to, with the model if it is a model's."""
+    if model is not None and token.model_limits_enabled:
+        limit = token.model_limits.get(model)  # int or True
+        if limit is None:
+            raise ModelNotAllowed(f"token {token.id} does not allow the model {model!r}", model=model)
+        if limit is not True:
+            yield limit - model_used, model
+    if not token.unlimited_quota:
+        yield token.total_available, None
 
 
-def check_text(what: str, text: object) -> None:
-    """:raises TypeError, ValueError: ``text`` is nothing that every database takes for an identifier."""
-    if not isinstance(text, str):
-        raise TypeError(f"{what} must be a str, got {type(text).__name__}")
-    if not 1 <= len(text) <= ID_MAX_LENGTH or "\0" in text:
-        raise ValueError(f"{what} must be 1 to {ID_MAX_LENGTH} characters without NUL, got {text[:40]!r}")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{what} must be text that UTF-8 can carry, got {text[:40]!r}") from None
+def _exceeded(token: Token, requested: int, left: int, model: str | None) -> QuotaExceeded:
+    if model is None:
+        text = f"token {token.id} has {left} quota units left, {requested} are asked for"
+        return QuotaExceeded(text, requested=requested, available=left, held=token.held)
+    text = f"token {token.id} has {max(left, 0)} quota units left for the model {model!r}, {requested} are asked for"
+    return QuotaExceeded(text, requested=requested, available=left, model=model)
 
 
-def check_seconds(what: str, seconds: object) -> None:
-    """:raises TypeError, ValueError: ``seconds`` is no duration."""
-    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool):
-        raise TypeError(f"{what} must be a number of seconds, got {type(seconds).__name__}")
-    if not (0 < seconds < math.inf):
-        raise ValueError(f"{what} must be more than 0 seconds, got {seconds!r}")
+def _final(operation_id: str, token: Token, kind: Kind, amount: int, now: float, **more: Any) -> Operation:
+    """Return an operation that holds nothing and is final as it is made."""
+    assert token.id is not None
+    return Operation(
+        id=operation_id,
+        token_id=token.id,
+        kind=kind,
+        amount=amount,
+        final_amount=amount,
+        created_at=now,
+        changed_at=now,
+        **more,
+    )

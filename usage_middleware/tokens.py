@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from json import JSONEncoder
 from typing import Final
 
-_INTEGER_FIELDS: Final = ("total_available", "total_used", "expires_at", "created_at")
+from .usage import DayUsage
+
+#: The periods after which a quota may renew; the empty text: it does not.
+RENEWALS: Final = ("", "daily", "weekly", "monthly")
+
+_INTEGER_FIELDS: Final = (
+    "total_available",
+    "total_used",
+    "expires_at",
+    "created_at",
+    "renewal_quota",
+    "renews_at",
+    "held",
+)
 _BOOLEAN_FIELDS: Final = ("unlimited_quota", "model_limits_enabled", "enabled")
-_UNITS: Final = {"expires_at": " of Unix seconds (0: never)", "created_at": " of Unix seconds"}
+_UNITS: Final = {
+    "expires_at": " of Unix seconds (0: never)",
+    "created_at": " of Unix seconds",
+    "renews_at": " of Unix seconds (0: never)",
+}
 
 _encode_json = JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
@@ -18,9 +35,9 @@ _encode_json = JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 class Token:
     """What is known of one key. Immutable; the field names are the wire's.
 
-    Every field is checked when the token is made, so that a store over somebody's own table learns of a mistake
-    when it is written, not from a client: an ``int`` field takes no ``bool`` and no ``float``, a ``bool`` field
-    no ``0`` or ``1``, a ``str`` field no ``None``.
+    Every field is checked when the token is made, so that the author of a store learns of a mistake at once and not
+    from a client: an ``int`` field takes no ``bool`` and no ``float``, a ``bool`` field no ``0`` or ``1``, a ``str``
+    field no ``None``.
 
     :raises TypeError: a field has the wrong type; the message names the field.
     :raises ValueError: a field has the right type and an impossible value.
@@ -34,7 +51,7 @@ class Token:
     total_available: int = 0
     #: Quota units used.
     total_used: int = 0
-    #: With unlimited quota nothing is refused for want of ``total_available``.
+    #: With unlimited quota nothing is refused for lack of ``total_available``.
     unlimited_quota: bool = False
     #: Model name to the most quota units that this model may use, or ``True`` for no limit of its own.
     model_limits: Mapping[str, int | bool] = field(default_factory=dict, hash=False)
@@ -46,13 +63,23 @@ class Token:
     id: int | None = None
     #: The key's last four characters, to tell tokens apart in lists.
     hint: str = ""
-    #: Unix time in whole seconds; 0 where it is not known.
+    #: Unix time in whole seconds; 0 if it is not known.
     created_at: int = 0
+    #: How often the quota renews: ``""`` (it does not), ``"daily"``, ``"weekly"`` or ``"monthly"``, in UTC.
+    renewal: str = ""
+    #: The quota units that each period begins with.
+    renewal_quota: int = 0
+    #: Unix time in whole seconds at which the next period begins; 0: never.
+    renews_at: int = 0
+    #: The quota units that open reservations hold. They are part of ``total_used``.
+    held: int = 0
 
     def __post_init__(self) -> None:
         # The request path makes a token for every answer: the one expression is all that an ordinary one costs.
         if not (
             type(self.total_available) is type(self.total_used) is type(self.expires_at) is type(self.created_at) is int
+            and type(self.renewal_quota) is type(self.renews_at) is type(self.held) is int
+            and self.renewal in RENEWALS
             and type(self.unlimited_quota) is type(self.model_limits_enabled) is type(self.enabled) is bool
             and type(self.name) is type(self.hint) is str
             and self.name.isascii()
@@ -71,6 +98,8 @@ class Token:
                 raise TypeError(f"Token.{name} must be True or False, got {getattr(self, name)!r}")
         _check_text("name", self.name)
         _check_text("hint", self.hint)
+        if self.renewal not in RENEWALS:
+            raise ValueError(f"Token.renewal must be one of {', '.join(map(repr, RENEWALS))}, got {self.renewal!r}")
         if self.id is not None:
             _check_integer("id", self.id)
 
@@ -82,7 +111,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRecord:
-    """All that a store keeps of a token: what moves from one store to another."""
+    """All that a store keeps of a token but its operations: what moves from one store to another."""
 
     #: Its ``id`` is the number that the store it comes from had for it.
     token: Token
@@ -90,6 +119,8 @@ class TokenRecord:
     digest: bytes = field(repr=False)
     #: Model -> the quota units that it has used of the token.
     model_usage: Mapping[str, int] = field(default_factory=dict)
+    #: What was used by day and model, each of them once.
+    days: Sequence[DayUsage] = ()
 
 
 def _check_integer(name: str, value: object) -> None:
@@ -124,8 +155,14 @@ def _checked_limits(limits: object) -> dict[str, int | bool]:
     return checked
 
 
+def id_of(token: Token) -> int:
+    """Return the id of a token that a store has loaded, which always has one."""
+    assert token.id is not None
+    return token.id
+
+
 def wire_form(token: Token) -> str:
-    """The token as the ``data`` object of a usage answer: compact JSON, its keys in the documented order.
+    """Return the token as the ``data`` object of a usage answer: compact JSON, its keys in the documented order.
 
     ``total_granted`` is computed here and nowhere stored, so it is always the sum of the other two. Written out
     rather than built as a dict: the order is visible, and it costs half of what a JSON encoder does.
@@ -146,5 +183,5 @@ def wire_form(token: Token) -> str:
 
 
 def encode_model_limits(limits: Mapping[str, int | bool]) -> str:
-    """Model limits as a compact JSON object, for the wire and for a text column."""
+    """Return model limits as a compact JSON object, for the wire and for a text column."""
     return _encode_json(dict(limits)) if limits else "{}"

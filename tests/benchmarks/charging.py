@@ -42,7 +42,7 @@ def durable_charge(rounds: int) -> Iterator[Table]:
                     _charge("by hand", _full_by_hand(connection, by_hand_key)),
                     _charge(
                         "SQLiteTokenStore.charge",
-                        lambda operation_id: store.charge(key, 1, model=_MODEL, operation_id=operation_id),
+                        lambda operation_id: store.charge(key, 1, model=_MODEL, idempotency_key=operation_id),
                         budget=1.5,
                     ),
                     rounds=rounds,

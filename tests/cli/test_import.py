@@ -249,7 +249,7 @@ def test_a_database_that_fails_on_the_way(run, db, monkeypatch):
     monkeypatch.setattr("usage_middleware.cli.transfer.BATCH", 10)
     db.with_name("t.csv").write_text("".join(lines(25)))
     with SQLiteTokenStore(db) as store:
-        store.find(1)
+        store.get_by_id(1)
     with closing(sqlite3.connect(db)) as connection, connection:
         connection.execute(
             "CREATE TRIGGER refuse BEFORE INSERT ON tokens WHEN NEW.name = 'Token 15'"

@@ -18,7 +18,7 @@ def test_create_prints_the_key_alone_and_once(db):
     assert KEY.fullmatch(out.removesuffix("\n"))
     assert "cannot be shown again" in err
     with SQLiteTokenStore(db) as store:
-        assert store.get(out.strip().removeprefix("sk-")) == store.find(1)
+        assert store.get(out.strip().removeprefix("sk-")) == store.get_by_id(1)
     key = out.strip().removeprefix("sk-")
     for shown in (run("list"), run("list", "--json"), run("show", 1), run("show", 1, "--json")):
         assert key not in "".join(shown)
@@ -74,7 +74,7 @@ def test_list_is_a_table(db):
 
 def test_list_for_programs(db):
     with SQLiteTokenStore(db) as store:
-        store.find(1)
+        store.get_by_id(1)
         assert run_json("list") == []
         store.create(name="caf\u00e9")
         store.create()

@@ -49,10 +49,10 @@ def test_history_is_a_table_newest_first(db):
     with SQLiteTokenStore(db) as store:
         store._now = lambda: NOW
         key = store.create(total_available=10_000)[0].removeprefix("sk-")
-        store.charge(key, 5000, model="gpt-4o", operation_id="first")
+        store.charge(key, 5000, model="gpt-4o", idempotency_key="first")
         store._now = lambda: NOW + 60
-        store.reserve(key, 100, operation_id="second\x1b")
-        store.refund("first", 1000, refund_id="third")
+        store.reserve(key, 100, idempotency_key="second\x1b")
+        store.refund("first", 1000, idempotency_key="third")
     assert run("history", 1)[0].splitlines() == [
         "WHEN                  KIND     AMOUNT   HELD  NOTE      MODEL   OPERATION",
         "2027-01-15 08:01 UTC  refund    1,000         of first  gpt-4o  third",

@@ -74,7 +74,7 @@ def test_a_request_that_may_not_be_made_is_not_charged(example, client, fields, 
     key, token = example.store.create(**fields)
     example.store.update(token.id, **changes)
     assert client(key).status_code == status
-    assert example.store.find(token.id).total_used == 0
+    assert example.store.get_by_id(token.id).total_used == 0
 
 
 @pytest.mark.parametrize("key", ["", "sk-unknown", "two keys"])

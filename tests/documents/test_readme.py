@@ -84,8 +84,8 @@ def test_the_flask_application_and_its_token(blocks, tmp_path):
     headers = {"Authorization": f"Bearer {key.strip()}", "X-Request-Id": "mine"}
     for _ in range(2):
         assert app.test_client().post("/work", data="x" * 100, headers=headers).json == {"cost": 100}
-    assert app.wsgi_app.store.find(1).total_used == 100
-    app.wsgi_app.store.grant(1, -app.wsgi_app.store.find(1).total_available)
+    assert app.wsgi_app.store.get_by_id(1).total_used == 100
+    app.wsgi_app.store.grant(1, -app.wsgi_app.store.get_by_id(1).total_available)
     assert app.test_client().post("/work", headers={**headers, "X-Request-Id": "next"}).status_code == 402
     app.wsgi_app.store.close()
 

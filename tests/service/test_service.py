@@ -24,7 +24,7 @@ app.wsgi_app = UsageMiddleware(app.wsgi_app, store)
 
 @app.post("/charge/<int:amount>")
 def charge(amount):
-    token = store.charge(bearer_key(request.environ), amount, operation_id=request.headers.get("X-Request-Id"))
+    token = store.charge(bearer_key(request.environ), amount, idempotency_key=request.headers.get("X-Request-Id"))
     return {"left": token.total_available}
 
 @app.post("/reserve/<int:amount>")

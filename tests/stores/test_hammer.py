@@ -135,10 +135,10 @@ def send_all(text, key, seed, count):
         for number in order:
             amount = amount_of(number)
             model = "gpt-4o" if number % 2 else None
-            store.charge(key, amount, model=model, operation_id=f"request {number}")
+            store.charge(key, amount, model=model, idempotency_key=f"request {number}")
             if numbers.random() < 0.1:
                 with pytest.raises(OperationConflict):
-                    store.charge(key, amount + 1, model=model, operation_id=f"request {number}")
+                    store.charge(key, amount + 1, model=model, idempotency_key=f"request {number}")
 
 
 def amount_of(number):

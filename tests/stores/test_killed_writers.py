@@ -102,7 +102,7 @@ def test_a_writer_that_is_killed(store_text, full, lanes, lives, all_lives):
     def read():
         """The history of each life, once it agrees with the totals."""
         operations = list(store.history(token.id))
-        token_now = store.find(token.id)
+        token_now = store.get_by_id(token.id)
         held = sum(operation.held for operation in operations)
         assert (token_now.total_used, token_now.total_available) == (held, A_LOT - held)
         models = Counter()
@@ -141,7 +141,7 @@ def charge_until_acknowledged(store, key, name, done):
     while not done.is_set():
         while True:
             try:
-                store.charge(key, 1, model="gpt-4o", operation_id=f"{name}/{number}")
+                store.charge(key, 1, model="gpt-4o", idempotency_key=f"{name}/{number}")
                 break
             except StoreError:
                 repeated += 1
@@ -161,8 +161,8 @@ def test_a_server_that_is_killed(disposable_server, full):
         writers = [threads.submit(charge_until_acknowledged, store, strip_prefix(key), name, done) for name in range(4)]
         try:
             for kill in range(kills):
-                used = store.find(token.id).total_used
-                while store.find(token.id).total_used < used + 20:
+                used = store.get_by_id(token.id).total_used
+                while store.get_by_id(token.id).total_used < used + 20:
                     assert not any(writer.done() for writer in writers)
                 time.sleep(random.Random(kill).uniform(0, 0.05))
                 disposable_server.kill()
@@ -172,7 +172,7 @@ def test_a_server_that_is_killed(disposable_server, full):
         counts = [writer.result(60) for writer in writers]
         expected = [f"{name}/{number}" for name, (count, _) in enumerate(counts) for number in range(count)]
         assert sorted(operation.id for operation in store.history(token.id)) == sorted(expected)
-        token = store.find(token.id)
+        token = store.get_by_id(token.id)
         assert (token.total_used, token.total_available) == (len(expected), A_LOT - len(expected))
         assert store.model_usage(token.id) == {"gpt-4o": len(expected)}
         assert all(repeated for _, repeated in counts)

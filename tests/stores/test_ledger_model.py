@@ -97,14 +97,14 @@ class Model:
 
     # --- What is called. Each returns the id of the token that it was about.
 
-    def charge(self, key, amount, model=None, operation_id=None):
+    def charge(self, key, amount, model=None, idempotency_key=None):
         return self.charge_by_id(self.keys.get(key), amount, model, operation_id)
 
-    def charge_by_id(self, token_id, amount, model=None, operation_id=None):
-        return self.take(token_id, "charge", amount, model, operation_id, None)
+    def charge_by_id(self, token_id, amount, model=None, idempotency_key=None):
+        return self.take(token_id, "charge", amount, model, idempotency_key, None)
 
-    def reserve(self, key, amount, model=None, operation_id=None, expires_in=600):
-        return self.take(self.keys.get(key), "reserve", amount, model, operation_id, expires_in)
+    def reserve(self, key, amount, model=None, idempotency_key=None, expires_in=600):
+        return self.take(self.keys.get(key), "reserve", amount, model, idempotency_key, expires_in)
 
     def take(self, token_id, kind, amount, model, operation_id, expires_in):
         check_amount(amount, least=0)
@@ -149,21 +149,21 @@ class Model:
         self.commit(settled["token_id"], self.changed(settled, changes))
         return settled["token_id"]
 
-    def refund(self, operation_id, amount=None, refund_id=None):
+    def refund(self, operation_id, amount=None, idempotency_key=None):
         if amount is not None:
             check_amount(amount, least=0)
         refunded = self.known(operation_id)
         token_id = refunded["token_id"]
         self.token(token_id)
         call = {"token_id": token_id, "kind": "refund", "amount": amount, "refund_of": operation_id}
-        if repeated := self.find(refund_id):
+        if repeated := self.find(idempotency_key):
             return self.repeat(repeated, call)
         if refunded["kind"] not in ("charge", "reserve") or refunded["final_amount"] is None:
             raise OperationConflict
         units = refunded["held"] if amount is None else amount
         if units > refunded["held"]:
             raise QuotaExceeded
-        made = {**call, "id": refund_id, "model": refunded["model"], "final_amount": units}
+        made = {**call, "id": idempotency_key, "model": refunded["model"], "final_amount": units}
         left = {"held": refunded["held"] - units}
         self.commit(token_id, [*self.changed(refunded, left), self.entry(made)])
         return token_id
@@ -393,7 +393,7 @@ class Machine(RuleBasedStateMachine):
 
     # --- Operations
 
-    @rule(seconds=PAUSES, token_id=TOKENS, amount=AMOUNTS, model=MODELS, operation_id=IDS, by_id=st.booleans())
+    @rule(seconds=PAUSES, token_id=TOKENS, amount=AMOUNTS, model=MODELS, idempotency_key=IDS, by_id=st.booleans())
     def charge(self, seconds, token_id, by_id, **arguments):
         self.model.now += seconds
         if by_id:
@@ -401,17 +401,17 @@ class Machine(RuleBasedStateMachine):
         else:
             self.call("charge", {"key": self.keys[token_id], **arguments})
 
-    @rule(token_id=TOKENS, amount=AMOUNTS, model=MODELS, operation_id=IDS, expires_in=SECONDS)
+    @rule(token_id=TOKENS, amount=AMOUNTS, model=MODELS, idempotency_key=IDS, expires_in=SECONDS)
     def reserve(self, token_id, **arguments):
         self.call("reserve", {"key": self.keys[token_id], **arguments})
 
     @once_begun
-    @rule(operation_id=OPEN, amount=AMOUNTS)
+    @rule(idempotency_key=OPEN, amount=AMOUNTS)
     def settle(self, **arguments):
         self.call("settle", arguments)
 
     @once_begun
-    @rule(operation_id=FINAL, amount=st.none() | AMOUNTS, refund_id=IDS)
+    @rule(operation=FINAL, amount=st.none() | AMOUNTS, idempotency_key=IDS)
     def refund(self, **arguments):
         self.call("refund", arguments)
 
@@ -460,7 +460,7 @@ class Machine(RuleBasedStateMachine):
             if method == "reserve":
                 assert actual == made["id"]
         if isinstance(actual, Token):
-            assert actual == self.store.find(actual.id)
+            assert actual == self.store.get_by_id(actual.id)
             actual = actual.id
         elif isinstance(actual, str):
             assert actual == (arguments["operation_id"] or actual)
@@ -475,9 +475,9 @@ class Machine(RuleBasedStateMachine):
         assert [token.id for token in self.store.tokens()] == sorted(self.model.tokens)
         for key, token_id in self.model.keys.items():
             token = self.store.get(key)
-            assert token == (None if token_id is None else self.store.find(token_id))
+            assert token == (None if token_id is None else self.store.get_by_id(token_id))
         for token_id, expected in self.model.tokens.items():
-            token = self.store.find(token_id)
+            token = self.store.get_by_id(token_id)
             used, available = self.model.used(token_id), self.model.available(token_id)
             assert (token.total_used, token.total_available) == (used, available)
             assert used >= 0

@@ -53,11 +53,11 @@ def take(step, store, key):
     if step.method == "settle":
         store.settle(step.operation_id, step.amount)
     elif step.method == "refund":
-        store.refund(step.refund_of, step.amount, refund_id=step.operation_id)
+        store.refund(step.refund_of, step.amount, idempotency_key=step.operation_id)
     elif step.method == "reserve":
-        store.reserve(key, step.amount, model=step.model, operation_id=step.operation_id, expires_in=A_DAY)
+        store.reserve(key, step.amount, model=step.model, idempotency_key=step.operation_id, expires_in=A_DAY)
     else:
-        store.charge(key, step.amount, model=step.model, operation_id=step.operation_id)
+        store.charge(key, step.amount, model=step.model, idempotency_key=step.operation_id)
 
 
 def live(text, key, life, reports, others):

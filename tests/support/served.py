@@ -43,7 +43,7 @@ def host(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[by
     elif path == "/charge":
         key = bearer_key(environ)
         assert key is not None
-        store.charge(key, 1, operation_id=environ["HTTP_X_REQUEST_ID"])
+        store.charge(key, 1, idempotency_key=environ["HTTP_X_REQUEST_ID"])
         body = b"charged"
     else:
         body = f"{method} [{prefix}] {path}".encode("latin-1")

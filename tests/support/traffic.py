@@ -247,7 +247,7 @@ def take_step(store, account, step, amount, operation_id):
         store.settle(store.reserve(key, 50), amount)
         account.use(amount)
     elif step == "refund":
-        store.charge(key, 100, operation_id=operation_id)
+        store.charge(key, 100, idempotency_key=operation_id)
         store.refund(operation_id, amount)
         account.use(100 - amount)
     elif step == "grant":

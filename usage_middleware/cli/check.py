@@ -27,7 +27,7 @@ def check() -> int:
     """
     worst = 0
     with open_store() as store:
-        store.find(1)  # as the middleware does: what it refuses is refused here
+        store.get_by_id(1)  # as the middleware does: what it refuses is refused here
         click.echo(f"{_MARKS['ok']}opens, and its tables are those of this version")
         for finding in chain(store.health(), _tokens(store, time.time()), _reservations(store, time.time())):
             click.echo(_MARKS[finding.level] + formats.printable(finding.text))

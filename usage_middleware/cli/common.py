@@ -143,7 +143,7 @@ def print_json_array(objects: Iterable[Any]) -> None:
 
 def find_token(store: QuotaStore, token_id: int) -> Token:
     """:raises TokenNotFound: there is no token of that id."""
-    token = store.find(token_id)
+    token = store.get_by_id(token_id)
     if token is None:
         raise TokenNotFound(f"there is no token {token_id}")
     return token

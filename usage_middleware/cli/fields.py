@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeAlias
 
+from ..checks import MAX_INTEGER
 from ..keys import check_key
-from ..operations import MAX_INTEGER
 from . import formats
 
 #: The characters of a line that are read. Longer ones are bad: a CSV row of as many fields as there are, each as large

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..operations import MAX_INTEGER
+from ..checks import MAX_INTEGER
 from . import formats
 from .common import (
     database_option,

@@ -7,8 +7,8 @@ import time
 
 import click
 
+from ..checks import MAX_INTEGER
 from ..keys import strip_prefix
-from ..operations import MAX_INTEGER
 from . import formats
 from .common import (
     database_option,
@@ -64,9 +64,9 @@ def charge(token: str, amount: int, model: str | None, operation_id: str | None,
         by_id = token.isdecimal()
     with open_store() as store:
         if by_id:
-            charged = store.charge_by_id(int(token), amount, model=model, operation_id=operation_id)
+            charged = store.charge_by_id(int(token), amount, model=model, idempotency_key=operation_id)
         else:
-            charged = store.charge(strip_prefix(token), amount, model=model, operation_id=operation_id)
+            charged = store.charge(strip_prefix(token), amount, model=model, idempotency_key=operation_id)
         print_token(store, charged, as_json)
 
 
@@ -83,7 +83,7 @@ def refund(operation_id: str, amount: int | None, refund_id: str | None, as_json
     back.
     """
     with open_store() as store:
-        print_token(store, store.refund(operation_id, amount, refund_id=refund_id), as_json)
+        print_token(store, store.refund(operation_id, amount, idempotency_key=refund_id), as_json)
 
 
 @click.command()

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from ..keys import key_digest, key_hint
-from ..stores.base import check_record
+from ..stores.storable import check_record
 from ..tokens import Token, TokenRecord
 from .fields import FROM_JSON, FROM_TEXT, BadRow, Parse, loads
 

@@ -15,7 +15,7 @@ from typing import BinaryIO, Final, Protocol
 
 from .. import stores
 from ..errors import DamagedToken, StoreError
-from ..stores.base import check_record
+from ..stores.storable import check_record
 from ..tokens import TokenRecord
 from .fields import LINE_LIMIT, BadRow
 from .records import UnreadableSource, read_csv, read_json_lines, reason

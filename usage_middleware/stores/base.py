@@ -1,90 +1,77 @@
 """What a store is: :class:`TokenStore` is all that the middleware needs, :class:`QuotaStore` what a host manages.
 
-What a :class:`QuotaStore` does is written once, here and in its :class:`~.ledger.Ledger`. A store brings a
-:class:`~.transaction.Transaction` and a few reads: it locks, loads, saves and commits, and knows no rule.
+What a :class:`QuotaStore` does is written once, here and in its :class:`~.ledger.Ledger` and
+:class:`~.history.History`. A store brings the :class:`~.hooks.StoreHooks` and a
+:class:`~.transaction.Transaction`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import date
 from types import TracebackType
 from typing import Any, Final, Protocol, TypeVar
 
-from ..keys import HINT_LENGTH, check_key, key_digest, key_hint, make_key, with_prefix
-from ..operations import MAX_INTEGER, check_amount, check_text
-from ..tokens import Token, TokenRecord
-from .findings import Finding
-from .ledger import Ledger
-from .transaction import Transaction, can_exist, find_token, id_of
+from ..accounts import Changes, Lookup
+from ..checks import can_exist, check_amount
+from ..keys import check_key, key_digest, key_hint, make_key, with_prefix
+from ..operations import bring_up_to_date
+from ..renewal import first_renewal, renewed
+from ..tokens import Token, TokenRecord, id_of
+from ..usage import DayUsage
+from .history import History
+from .hooks import MOST_LAPSED, new_id
+from .ledger import Ledger, token_not_found
+from .storable import check_record, check_storable
+from .transaction import Transaction
 
 _PAGE_SIZE: Final = 1000
-_CHANGEABLE: Final = frozenset(
-    ("name", "unlimited_quota", "model_limits", "model_limits_enabled", "expires_at", "enabled")
-)
-_TOTALS: Final = frozenset(("total_available", "total_used", "total_granted"))
-
-_INTEGERS: Final = {
-    "total_available": "quota units",
-    "total_used": "quota units",
-    "total_granted": "quota units",
-    "expires_at": "Unix seconds",
-    "created_at": "Unix seconds",
-}
-_DIGEST_SIZE: Final = 32
-
 _QuotaStore = TypeVar("_QuotaStore", bound="QuotaStore")
+
+
+class _Unchanged:
+    """Stands for an argument of :meth:`QuotaStore.update` that is left out, as ``None`` may be one day a value."""
+
+    def __repr__(self) -> str:
+        return "..."
+
+
+_UNCHANGED: Final[Any] = _Unchanged()
 
 
 class TokenStore(Protocol):
     """All that the middleware needs of a store. A plain ``dict[str, Token]`` is one."""
 
     def get(self, key: str, /) -> Token | None:
-        """The token of ``key``, or ``None`` where there is none. Changes nothing.
+        """Return the token of ``key``, or ``None`` if there is none. Changes nothing.
 
-        :param key: as :func:`bearer_key` gives it, one leading ``sk-`` stripped. The match is exact, case included.
+        :param key: as :func:`~usage_middleware.bearer_key` gives it, every leading ``sk-`` stripped. The match is
+            exact, case included.
         :raises Exception: anything raised here becomes a 503.
         """
 
 
-class QuotaStore(Ledger):
+class QuotaStore(Ledger, History):
     """A token store with the operations that hosts and operators need.
 
-    A host asks by key, in the form that :func:`bearer_key` gives (no ``sk-`` in front). An operator works by token
-    id. Every method may raise :class:`StoreError` where the database fails. What a method returned is committed.
+    A host asks by key, with or without its prefix ``sk-``. An operator works by token id. Every method may raise
+    :class:`StoreError` if the database fails. What a method returned is committed.
 
     Safe to use from several threads; a store over a database also from several processes, forked ones included.
     """
 
-    # --- What a store brings, with what the ledger asks of it.
-
-    @abstractmethod
-    def _get(self, digest: bytes) -> Token | None:
-        """The token of that digest: the request path, one look-up by index."""
-
-    @abstractmethod
-    def _find(self, token_id: int) -> Token | None:
-        """The token of that id."""
-
-    @abstractmethod
-    def _page(self, after: int, size: int) -> Sequence[tuple[Token, bytes]]:
-        """Up to ``size`` tokens with an id greater than ``after``, by id, each with its digest."""
-
-    @abstractmethod
-    def taken(self, digests: Sequence[bytes]) -> set[bytes]:
-        """Those of ``digests`` (:func:`key_digest` of keys) that a token has here, or had: what :meth:`restore` leaves
-        alone. Reads only."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Gives up what the store holds. Closing twice is fine, using a closed store is a :class:`StoreError`."""
-
     # --- What the host application calls, by key.
 
     def get(self, key: str, /) -> Token | None:
-        """The token of ``key``, or ``None``. One that is disabled is returned too, with ``enabled`` false."""
-        return self._get(key_digest(key))
+        """Return the token of ``key``, or ``None``. One that is disabled is returned too, with ``enabled`` false.
+
+        A quota that renews is shown as it is by now. Nothing is written: the next change of the token records it.
+        """
+        return self._as_of_now(self._get(key_digest(key)))
+
+    def _as_of_now(self, token: Token | None) -> Token | None:
+        return token if token is None or not token.renews_at else renewed(token, self._now())
 
     # --- What an operator calls, by token id.
 
@@ -98,135 +85,190 @@ class QuotaStore(Ledger):
         model_limits_enabled: bool | None = None,
         expires_at: int = 0,
         key: str | None = None,
+        renewal: str = "",
+        renewal_quota: int | None = None,
     ) -> tuple[str, Token]:
-        """Adds a token.
+        """Add a token.
 
         :param total_available: the quota to grant, 0 to 2**63 - 1 units.
         :param model_limits_enabled: left out, limits that are given are enabled.
         :param expires_at: Unix time in whole seconds; 0: never.
         :param key: a key that its holder has already; left out, one is made.
+        :param renewal: ``"daily"``, ``"weekly"`` or ``"monthly"``: how often the quota renews, in UTC; ``""``: never.
+        :param renewal_quota: the units that each period begins with; left out, ``total_available``. The first period
+            begins at once, with ``total_available`` if that is given too.
         :return: the key as its holder writes it (``sk-`` in front), and the token. The key is not kept and cannot
             be shown again.
         :raises TypeError: an argument has the wrong type.
         :raises ValueError: an argument is out of range, or the key is in use or was before.
         """
         stripped = make_key() if key is None else check_key(key)
+        now = self._now()
+        check_amount(total_available, "total_available")
+        if renewal_quota is None:
+            renewal_quota = total_available if renewal else 0
         token = Token(
             name=name,
-            total_available=total_available,
+            total_available=total_available or (renewal_quota if renewal else 0),
             unlimited_quota=unlimited_quota,
             model_limits={} if model_limits is None else model_limits,
             model_limits_enabled=bool(model_limits) if model_limits_enabled is None else model_limits_enabled,
             expires_at=expires_at,
             hint=key_hint(stripped),
-            created_at=int(self._now()),
+            created_at=int(now),
+            renewal=renewal,
+            renewal_quota=renewal_quota,
         )
-        _check_storable(token)
-        if not 0 <= total_available <= MAX_INTEGER:
-            raise ValueError(f"total_available must be 0 to 2**63 - 1 quota units, got {total_available}")
+        token = dataclasses.replace(token, renews_at=first_renewal(renewal, now))
+        check_storable(token)
         record = TokenRecord(token=token, digest=key_digest(stripped))
         (token_id,) = self._transact(lambda transaction: transaction.insert([record]))
         if token_id is None:
             raise ValueError("this key is in use or was before; a key never returns, so choose another")
         return with_prefix(stripped), dataclasses.replace(token, id=token_id)
 
-    def find(self, token_id: int) -> Token | None:
-        """The token of that id, or ``None``."""
-        return self._find(token_id) if can_exist(token_id) else None
+    def get_by_id(self, token_id: int) -> Token | None:
+        """Return the token of that id, or ``None``."""
+        return self._as_of_now(self._get_by_id(token_id)) if can_exist(token_id) else None
 
     def tokens(self) -> Iterator[Token]:
-        """Every token, by id. They are read page by page: memory does not grow, and no lock is held in between."""
+        """Yield every token, by id. They are read page by page: memory does not grow, and no lock is held."""
         for page in self._pages():
             for token, _ in page:
-                yield token
+                yield self._as_of_now(token) or token
 
     def count(self) -> int:
-        """How many tokens there are."""
+        """Return how many tokens there are."""
         return sum(1 for _ in self.tokens())
 
     def records(self) -> Iterator[TokenRecord]:
-        """Every token with all that :meth:`restore` needs of it, by id, read as :meth:`tokens` reads them.
+        """Yield every token with all that :meth:`restore` needs of it, by id, read as :meth:`tokens` reads them.
 
         What open reservations hold counts as used: settle them, or let them lapse and charge or prune, before a move.
         """
         for page in self._pages():
+            first, last = id_of(page[0][0]), id_of(page[-1][0])
             usage: dict[int, dict[str, int]] = {}
-            for token_id, model, used in self._model_usage(id_of(page[0][0]), id_of(page[-1][0])):
+            for token_id, model, used in self._model_usage(first, last):
                 usage.setdefault(token_id, {})[model] = used
+            days: dict[int, list[DayUsage]] = {}
+            for token_id, entry in self._usage_by_day(first, last, date.min, date.max):
+                days.setdefault(token_id, []).append(entry)
             for token, digest in page:
-                yield TokenRecord(token=token, digest=digest, model_usage=usage.get(id_of(token), {}))
+                token_id = id_of(token)
+                yield TokenRecord(
+                    token=token,
+                    digest=digest,
+                    model_usage=usage.get(token_id, {}),
+                    days=tuple(days.get(token_id, ())),
+                )
 
     def restore(self, records: Iterable[TokenRecord]) -> list[int | None]:
-        """Adds tokens as another store kept them, all of them in one transaction.
+        """Add tokens as another store kept them, all of them in one transaction.
 
-        :return: for each the id of the new token, or ``None`` where its key is in use here, or was before.
+        Their operations stay behind, so nothing is ``held`` of them.
+
+        :return: for each the id of the new token, or ``None`` if its key is in use here, or was before.
         :raises TypeError, ValueError: a record cannot be stored; no other is then.
         """
-        checked = [check_record(record) for record in records]
+        now = self._now()
+        checked = [check_record(_as_restored(record, now)) for record in records]
+        return list(self._transact(lambda transaction: transaction.insert(checked))) if checked else []
 
-        def work(transaction: Transaction) -> list[int | None]:
-            ids = list(transaction.insert(checked))
-            for record, token_id in zip(checked, ids, strict=True):
-                for model, used in record.model_usage.items():
-                    if token_id is not None:
-                        transaction.add_model_used(token_id, model, used)
-            return ids
+    def update(
+        self,
+        token_id: int,
+        *,
+        name: str = _UNCHANGED,
+        unlimited_quota: bool = _UNCHANGED,
+        model_limits: Mapping[str, int | bool] = _UNCHANGED,
+        model_limits_enabled: bool = _UNCHANGED,
+        expires_at: int = _UNCHANGED,
+        enabled: bool = _UNCHANGED,
+        renewal: str = _UNCHANGED,
+        renewal_quota: int = _UNCHANGED,
+    ) -> Token:
+        """Change what is named of a token. Its totals change only by charges and grants.
 
-        return self._transact(work) if checked else []
-
-    def update(self, token_id: int, **changes: Any) -> Token:
-        """Changes ``name``, ``unlimited_quota``, ``model_limits``, ``model_limits_enabled``, ``expires_at`` or
-        ``enabled``; the others stay.
-
+        :param renewal: another period begins when the next of its kind does; ``""``: the quota stays as it is.
+        :param renewal_quota: what the next period begins with.
+        :return: the token after it.
         :raises TokenNotFound: there is no such token.
-        :raises TypeError: another field is named (the totals change only by charges and grants), or a value has
-            the wrong type.
+        :raises TypeError: a value has the wrong type.
         :raises ValueError: a value is out of range.
         """
-        for field in changes.keys() - _CHANGEABLE:
-            remedy = "the totals change only by charges and grants" if field in _TOTALS else ""
-            raise TypeError(
-                f"update() cannot change {field!r}: {remedy or 'it takes ' + ', '.join(sorted(_CHANGEABLE))}"
-            )
+        named = {
+            "name": name,
+            "unlimited_quota": unlimited_quota,
+            "model_limits": model_limits,
+            "model_limits_enabled": model_limits_enabled,
+            "expires_at": expires_at,
+            "enabled": enabled,
+            "renewal": renewal,
+            "renewal_quota": renewal_quota,
+        }
+        changes: dict[str, Any] = {field: value for field, value in named.items() if value is not _UNCHANGED}
+        if changes.get("renewal") == "":
+            changes.setdefault("renewal_quota", 0)
 
-        def work(transaction: Transaction) -> Token:
-            token = dataclasses.replace(find_token(transaction, token_id), **changes)
-            _check_storable(token)
-            transaction.save(token)
+        def edit(_: Transaction, token: Token, now: float) -> Token:
+            token = dataclasses.replace(token, **changes)
+            if "renewal" in changes:
+                token = dataclasses.replace(token, renews_at=first_renewal(token.renewal, now))
+            check_storable(token)
             return token
 
-        return self._transact(work)
+        return self._edit(token_id, edit)
 
     def rotate(self, token_id: int) -> str:
-        """Gives the token a new key. The old one stops at once and never returns.
+        """Give the token a new key. The old one stops at once and never returns.
 
         :return: the new key as its holder writes it. It is not kept and cannot be shown again.
         :raises TokenNotFound: there is no such token.
         """
         key = make_key()
 
-        def work(transaction: Transaction) -> str:
-            token = find_token(transaction, token_id)
-            transaction.rekey(dataclasses.replace(token, hint=key_hint(key)), key_digest(key))
-            return with_prefix(key)
+        def edit(transaction: Transaction, token: Token, _: float) -> Token:
+            transaction.rekey(token_id, key_digest(key))
+            return dataclasses.replace(token, hint=key_hint(key))
 
-        return self._transact(work)
+        self._edit(token_id, edit)
+        return with_prefix(key)
 
     def delete(self, token_id: int) -> None:
-        """Removes the token. Its key stops at once and never returns.
+        """Remove the token. Its key stops at once and never returns.
 
         :raises TokenNotFound: there is no such token.
         """
 
+        if not can_exist(token_id):
+            raise token_not_found(token_id)
+
         def work(transaction: Transaction) -> None:
-            find_token(transaction, token_id)
+            if transaction.load(Lookup(token_id=token_id, now=self._now(), most_lapsed=0)) is None:
+                raise token_not_found(token_id)
             transaction.delete(token_id)
 
         self._transact(work)
 
-    def health(self) -> Iterator[Finding]:
-        """What is well with the database, and what is not. Changes nothing."""
-        return iter(())
+    def _edit(self, token_id: int, edit: Callable[[Transaction, Token, float], Token]) -> Token:
+        """Save what ``edit`` makes of a token that is up to date and locked, and return it."""
+        if not can_exist(token_id):
+            raise token_not_found(token_id)
+        renewal_id = new_id()
+
+        def work(transaction: Transaction) -> Token:
+            now = self._now()
+            account = transaction.load(Lookup(token_id=token_id, now=now, most_lapsed=MOST_LAPSED))
+            if account is None:
+                raise token_not_found(token_id)
+            current, due = bring_up_to_date(account, now, renewal_id=renewal_id)
+            token = edit(transaction, current.token, now)
+            changes = Changes(before=current.token, token=token)
+            transaction.save(changes if due is None else due.then(changes))
+            return token
+
+        return self._transact(work)
 
     def _pages(self) -> Iterator[Sequence[tuple[Token, bytes]]]:
         after = 0
@@ -243,42 +285,9 @@ class QuotaStore(Ledger):
         self.close()
 
 
-def check_record(record: TokenRecord) -> TokenRecord:
-    """The record itself, if every store can hold it.
-
-    :raises TypeError, ValueError: it cannot; the message names the field.
-    """
+def _as_restored(record: TokenRecord, now: float) -> TokenRecord:
     token = record.token
-    _check_storable(token)
-    if token.total_used < 0:
-        raise ValueError(f"total_used must not be negative, got {token.total_used}")
-    if len(token.hint) > HINT_LENGTH or "\0" in token.hint:
-        raise ValueError(f"hint must be the last {HINT_LENGTH} characters of a key")
-    if not isinstance(record.digest, bytes) or len(record.digest) != _DIGEST_SIZE:
-        raise ValueError(f"a digest must be the {_DIGEST_SIZE} bytes of SHA-256")
-    for model, used in record.model_usage.items():
-        check_text("a model in model_usage", model)
-        check_amount(used)
-    return record
-
-
-def _check_storable(token: Token) -> None:
-    """What every database holds: 64-bit integers, and text without NUL (which PostgreSQL refuses)."""
-    # A token that is restored is one of many: the one expression is all that an ordinary one costs.
-    if not (
-        -MAX_INTEGER <= token.total_available <= MAX_INTEGER
-        and -MAX_INTEGER <= token.total_used <= MAX_INTEGER
-        and -MAX_INTEGER <= token.total_used + token.total_available <= MAX_INTEGER
-        and -MAX_INTEGER <= token.expires_at <= MAX_INTEGER
-        and -MAX_INTEGER <= token.created_at <= MAX_INTEGER
-    ):
-        for field, unit in _INTEGERS.items():
-            if abs(getattr(token, field)) > MAX_INTEGER:
-                raise ValueError(f"{field} must be 0 to 2**63 - 1 {unit}, got {getattr(token, field)}")
-    if "\0" in token.name:
-        raise ValueError("name must not contain NUL characters")
-    for model, limit in token.model_limits.items():
-        if not model or "\0" in model:
-            raise ValueError(f"a model in model_limits must be a name without NUL characters, got {model!r}")
-        if limit > MAX_INTEGER:
-            raise ValueError(f"model_limits[{model!r}] must be 0 to 2**63 - 1 quota units or True, got {limit}")
+    if not token.held and bool(token.renews_at) == bool(token.renewal):
+        return record
+    renews_at = token.renews_at if token.renewal and token.renews_at else first_renewal(token.renewal, now)
+    return dataclasses.replace(record, token=dataclasses.replace(token, held=0, renews_at=renews_at))

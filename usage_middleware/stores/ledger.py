@@ -1,87 +1,73 @@
 """The ledger: how a store charges tokens. Its rules are pure functions in :mod:`usage_middleware.operations`.
 
-Each method is one transaction: it locks a token, applies a rule to it and to an operation, and saves both. What it
-returns is committed. What it raises has changed nothing.
+Each method loads an account behind its lock, applies a rule to it, and saves what changes, in one transaction. What it
+returns is committed. What it raises has changed nothing, except that lapsed reservations may have been released.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import time
-import uuid
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import Final, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 from .. import operations as rules
-from ..errors import OperationConflict, TokenNotFound
+from ..accounts import Account, Changes, Lookup
+from ..checks import can_exist, check_amount, check_seconds, check_text
+from ..errors import OperationConflict, OperationNotFound, QuotaExceeded, TokenNotFound
 from ..keys import key_digest
-from ..operations import MAX_INTEGER, Kind, Operation
-from ..tokens import Token
-from .transaction import (
-    Transaction,
-    can_exist,
-    change_held,
-    find_operation,
-    find_token,
-    give_back_all_lapsed,
-    give_back_lapsed,
-    id_of,
-)
+from ..operations import Kind, Operation
+from ..renewal import renewed
+from ..tokens import Token, id_of
+from .hooks import MOST_LAPSED, StoreHooks, new_id
+from .transaction import Transaction
 
-_PAGE_SIZE: Final = 1000
-
-_Result = TypeVar("_Result")
+# The arguments of a Lookup that say which account it is.
+_Place = dict[str, Any]
+# What an account becomes; None: the call is a repeated one.
+_Rule = Callable[[Account, float], "Changes | None"]
 
 
-class Ledger(ABC):
-    """Charging, by key; granting, by token id; and the history of both."""
+class Ledger(StoreHooks):
+    """Charging by key, and granting by token id."""
 
-    # --- What a store brings.
+    # --- What the host application calls, by key.
 
-    @abstractmethod
-    def _transact(self, work: Callable[[Transaction], _Result]) -> _Result:
-        """What ``work`` returns, when all that it did in a transaction is committed; what it raises undoes all of it.
-
-        It has no effect beyond the transaction, as a database may ask for a transaction to be begun again.
-        """
-
-    @abstractmethod
-    def _history(self, token_id: int, before: int, size: int) -> Sequence[Operation]:
-        """Up to ``size`` operations of a token with a ``number`` smaller than ``before``, the greatest first."""
-
-    @abstractmethod
-    def _open_reservations(self, after: int, size: int) -> Sequence[Operation]:
-        """Up to ``size`` open reservations that hold units, with a ``number`` greater than ``after``, by number."""
-
-    @abstractmethod
-    def _model_usage(self, first_id: int, last_id: int) -> Sequence[tuple[int, str, int]]:
-        """A token id, a model, and the units that it has used, for each model of the tokens from one id to another."""
-
-    def _now(self) -> float:
-        """Unix time. A test of a store may set the clock."""
-        return time.time()
-
-    # --- What the host application calls.
-
-    def charge(self, key: str, amount: int, *, model: str | None = None, operation_id: str | None = None) -> Token:
-        """Moves ``amount`` quota units of the key's token from available to used.
+    def charge(
+        self,
+        key: str,
+        amount: int,
+        *,
+        model: str | None = None,
+        idempotency_key: str | None = None,
+        input_tokens: int = 0,
+        output_tokens: int = 0,
+    ) -> Token:
+        """Move ``amount`` quota units of the key's token from available to used.
 
         With unlimited quota they are added to used and available stays. With model limits enabled, the model must be
-        listed and have them left; a charge without a model is not held against model limits.
+        listed and have them left; a charge without a model is not held to model limits.
 
-        :param operation_id: names the charge, so that a caller who lost the answer can call again: a repeated call
-            changes nothing. 1 to 255 characters, unique in the store. Left out, each call is a charge of its own.
+        :param key: with or without its prefix ``sk-``.
+        :param idempotency_key: names the charge, so that a caller who lost the answer can call again: a repeated call
+            changes nothing. 1 to 255 characters, unique for the token. Left out, each call is a charge of its own.
+        :param input_tokens: how many tokens a model read; for usage by day, without an effect on the quota.
+        :param output_tokens: how many it wrote.
         :return: the token after the charge.
         :raises TokenNotFound, TokenDisabled, TokenExpired: the key may not be used.
         :raises ModelNotAllowed: the token's model limits are enabled and do not list the model.
         :raises QuotaExceeded: the token, or the model, has less left. Nothing is charged then.
-        :raises OperationConflict: the operation id was used for another call.
+        :raises OperationConflict: the idempotency key was used for another call.
         :raises TypeError, ValueError: an argument is out of range, or a total would pass 2**63 - 1.
         """
-        digest = key_digest(key)
-        token, _ = self._take(lambda t: _of_key(t, digest), "charge", amount, model, operation_id, None)
+        token, _ = self._take(
+            {"digest": key_digest(key)},
+            "charge",
+            amount,
+            model=model,
+            idempotency_key=idempotency_key,
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+        )
         return token
 
     def reserve(
@@ -89,248 +75,270 @@ class Ledger(ABC):
         key: str,
         amount: int,
         *,
+        at_least: int | None = None,
         model: str | None = None,
-        operation_id: str | None = None,
+        idempotency_key: str | None = None,
         expires_in: float = 600,
-    ) -> str:
-        """Charges ``amount`` units for work that is about to be done, until :meth:`settle` says what it came to.
+    ) -> Operation:
+        """Charge ``amount`` units for work that is about to be done, until :meth:`settle` says what it came to.
 
-        :param expires_in: seconds after which the reservation lapses: its units are given back before anything would
-            be refused for want of them. A settle that comes later still charges.
-        :return: the operation's id, for :meth:`settle`: the one given, or a new one.
+        :param at_least: take what there is, if it is less than ``amount`` but not less than this. What was taken is
+            the operation's ``held``.
+        :param expires_in: seconds after which the reservation lapses: its units are released before any later request
+            is refused for lack of quota. A settle that comes later still charges.
+        :return: the operation, for :meth:`settle`. ``replayed`` is true if an earlier call of the same idempotency
+            key made it.
         :raises: as :meth:`charge`.
         """
-        rules.check_seconds("expires_in", expires_in)
-        digest = key_digest(key)
+        check_seconds("expires_in", expires_in)
+        check_amount(amount)
+        if at_least is not None:
+            check_amount(at_least, "at_least")
+            if at_least > amount:
+                raise ValueError(f"at_least must not be more than the amount of {amount}, got {at_least}")
         _, operation = self._take(
-            lambda t: _of_key(t, digest), "reserve", amount, model, operation_id, float(expires_in)
+            {"digest": key_digest(key)},
+            "reserve",
+            amount,
+            at_least=at_least,
+            model=model,
+            idempotency_key=idempotency_key,
+            expires_in=float(expires_in),
         )
-        return operation.id
+        return operation
 
-    def settle(self, operation_id: str, amount: int) -> Token:
-        """Sets the final amount of a reservation; 0 releases it.
+    def settle(
+        self, operation: Operation | str, amount: int, *, input_tokens: int = 0, output_tokens: int = 0
+    ) -> Token:
+        """Set the final amount of a reservation; 0 releases it.
 
         The amount may be more than was reserved, and more than is left: the work was done, so the token is overdrawn.
         A repeated call changes nothing.
 
+        :param operation: what :meth:`reserve` returned, or its id.
         :return: the token after it.
         :raises OperationNotFound: there is no such operation, or it was pruned.
-        :raises OperationConflict: it is no reservation, or was settled with another amount.
+        :raises OperationConflict: it is not a reservation, or was settled with other figures.
         :raises TokenNotFound: the token was deleted since.
         :raises TypeError, ValueError: an argument is out of range, or a total would pass 2**63 - 1.
         """
-        rules.check_text("operation_id", operation_id)
-        rules.check_amount(amount)
+        operation_id = _id_of(operation)
+        check_amount(amount)
+        tokens = {"input_tokens": input_tokens, "output_tokens": output_tokens}
+        _check_tokens(**tokens)
 
-        def work(transaction: Transaction) -> Token:
-            token, operation = find_operation(transaction, operation_id)
+        def rule(account: Account, now: float) -> Changes | None:
+            operation = account.operation
+            assert operation is not None
             if operation.kind != "reserve":
                 raise OperationConflict(
-                    f"operation {operation_id!r} is a {operation.kind}, only a reservation is settled"
+                    f"operation {operation_id!r} is a {operation.kind}, only a reservation is settled",
+                    operation_id=operation_id,
                 )
             if not operation.is_open:
-                rules.check_replay(operation, final_amount=amount)
-                return token
-            token, operation = change_held(
-                transaction, token, operation, amount, unlimited=token.unlimited_quota, now=self._now()
-            )
-            transaction.save_operation(dataclasses.replace(operation, final_amount=amount))
-            return token
+                rules.check_replay(operation, final_amount=amount, **tokens)
+                return None
+            return rules.settle(account, amount, now, **tokens)
 
-        return self._transact(work)
+        token, _ = self._change({"operation_id": operation_id}, rule)
+        return token
 
-    def refund(self, operation_id: str, amount: int | None = None, *, refund_id: str | None = None) -> Token:
-        """Gives units back that a charge or a settled reservation took.
+    def refund(
+        self, operation: Operation | str, amount: int | None = None, *, idempotency_key: str | None = None
+    ) -> Token:
+        """Give units back that a charge or a settled reservation took.
 
+        :param operation: the operation, or its id.
         :param amount: how many; left out, all that are left of it.
-        :param refund_id: names the refund, as ``operation_id`` names a charge: a repeated call changes nothing.
+        :param idempotency_key: names the refund, as it names a charge: a repeated call changes nothing.
         :return: the token after it.
         :raises OperationNotFound: there is no such operation, or it was pruned.
         :raises QuotaExceeded: less is left of it. Refunds never give back more than was charged.
         :raises OperationConflict: it cannot be refunded, as it is an open reservation (settle it with 0), a refund or
-            a grant; or the refund id was used for another call.
+            a grant; or the idempotency key was used for another call.
         :raises TokenNotFound: the token was deleted since.
         :raises TypeError, ValueError: an argument is out of range.
         """
-        rules.check_text("operation_id", operation_id)
+        operation_id = _id_of(operation)
         if amount is not None:
-            rules.check_amount(amount)
-        if refund_id is not None:
-            rules.check_text("refund_id", refund_id)
+            check_amount(amount)
+        refund_id = new_id()
 
-        def work(transaction: Transaction) -> Token:
-            token, operation = find_operation(transaction, operation_id)
-            made = None if refund_id is None else transaction.operation(refund_id)
-            if made is not None:
-                rules.check_replay(made, kind="refund", refund_of=operation_id, amount=amount)
-                return token
-            units = rules.refundable(operation, amount)
-            now = self._now()
-            token, operation = change_held(
-                transaction, token, operation, operation.held - units, unlimited=operation.unlimited, now=now
+        def rule(account: Account, now: float) -> Changes | None:
+            if account.made is not None:
+                rules.check_replay(account.made, kind="refund", refund_of=operation_id, amount=amount)
+                return None
+            made = Operation(
+                id=refund_id,
+                token_id=id_of(account.token),
+                kind="refund",
+                amount=amount,
+                idempotency_key=idempotency_key,
+                refund_of=operation_id,
+                created_at=now,
             )
-            transaction.save_operation(operation)
-            transaction.insert_operation(
-                Operation(
-                    id=refund_id or _new_id(),
-                    token_id=operation.token_id,
-                    kind="refund",
-                    amount=amount,
-                    model=operation.model,
-                    final_amount=units,
-                    refund_of=operation_id,
-                    created_at=now,
-                    changed_at=now,
-                )
-            )
-            return token
+            return rules.refund(account, made, now)
 
-        return self._transact(work)
-
-    # --- What an operator calls.
-
-    def charge_by_id(
-        self, token_id: int, amount: int, *, model: str | None = None, operation_id: str | None = None
-    ) -> Token:
-        """:meth:`charge`, for who has the token's id and not its key."""
-        token, _ = self._take(lambda t: find_token(t, token_id), "charge", amount, model, operation_id, None)
+        token, _ = self._change({"operation_id": operation_id, "idempotency_key": idempotency_key}, rule)
         return token
 
-    def grant(self, token_id: int, amount: int) -> Token:
-        """Grants ``amount`` more quota units; a negative amount takes back what is available, never more.
+    # --- What an operator calls, by token id.
 
+    def charge_by_id(
+        self,
+        token_id: int,
+        amount: int,
+        *,
+        model: str | None = None,
+        idempotency_key: str | None = None,
+        input_tokens: int = 0,
+        output_tokens: int = 0,
+    ) -> Token:
+        """Like :meth:`charge`, by token id."""
+        token, _ = self._take(
+            {"token_id": token_id},
+            "charge",
+            amount,
+            model=model,
+            idempotency_key=idempotency_key,
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+        )
+        return token
+
+    def grant(self, token_id: int, amount: int, *, idempotency_key: str | None = None) -> Token:
+        """Grant ``amount`` more quota units; a negative amount takes back what is available, never more.
+
+        :param idempotency_key: names the grant, as it names a charge, so that a payment that is reported twice grants
+            once.
         :return: the token after it.
         :raises TokenNotFound: there is no such token.
         :raises QuotaExceeded: more would be taken back than is available. Nothing is then.
-        :raises TypeError, ValueError: the amount is out of range, or a total would pass 2**63 - 1.
+        :raises OperationConflict: the idempotency key was used for another call.
+        :raises TypeError, ValueError: an argument is out of range, or a total would pass 2**63 - 1.
         """
-        rules.check_amount(amount, negative=True)
+        check_amount(amount, negative=True)
+        grant_id = new_id()
 
-        def work(transaction: Transaction) -> Token:
-            now = self._now()
-            token = give_back_lapsed(transaction, find_token(transaction, token_id), now)
-            token = rules.grant(token, amount)
-            transaction.save(token)
-            transaction.insert_operation(
-                Operation(
-                    id=_new_id(),
-                    token_id=token_id,
-                    kind="grant",
-                    amount=amount,
-                    final_amount=amount,
-                    created_at=now,
-                    changed_at=now,
-                )
-            )
-            return token
+        def rule(account: Account, now: float) -> Changes | None:
+            if account.made is not None:
+                rules.check_replay(account.made, kind="grant", amount=amount)
+                return None
+            return rules.grant(account, grant_id, idempotency_key, amount, now)
 
-        return self._transact(work)
-
-    def history(self, token_id: int) -> Iterator[Operation]:
-        """The operations of a token that are not pruned, the newest first, read page by page.
-
-        What a reservation, a refund or a grant came to is its ``final_amount``, what a charge still holds after refunds
-        its ``held``.
-        """
-        before = MAX_INTEGER
-        while can_exist(token_id) and (page := self._history(token_id, before, _PAGE_SIZE)):
-            yield from page
-            before = page[-1].number
-
-    def model_usage(self, token_id: int) -> dict[str, int]:
-        """The quota units that each model has used of a token, charges that named no model left out."""
-        usage = self._model_usage(token_id, token_id) if can_exist(token_id) else ()
-        return {model: used for _, model, used in usage}
-
-    def open_reservations(self) -> Iterator[Operation]:
-        """The reservations that are not settled and hold units, lapsed or not, the oldest first, read page by page."""
-        after = 0
-        while page := self._open_reservations(after, _PAGE_SIZE):
-            yield from page
-            after = page[-1].number
-
-    def prune(self, before: float) -> int:
-        """Forgets operations that were finished before a time, and reservations that lapsed before it.
-
-        A call that repeats a forgotten operation is a new one, and a forgotten one cannot be refunded any more: prune
-        what is older than any retry. No total changes, but that lapsed reservations give their units back.
-
-        :param before: Unix time in seconds.
-        :return: how many operations were forgotten.
-        :raises TypeError, ValueError: ``before`` is no time.
-        """
-        if not isinstance(before, (int, float)) or isinstance(before, bool):
-            raise TypeError(f"before must be a number of Unix seconds, got {before!r}")
-        if not math.isfinite(before):
-            raise ValueError(f"before must be a number of Unix seconds, got {before!r}")
-
-        def work(transaction: Transaction) -> tuple[int, int]:
-            now = self._now()
-            given_back = give_back_all_lapsed(transaction, min(before, now), now, _PAGE_SIZE)
-            return given_back, transaction.forget(before, min(before, now), _PAGE_SIZE)
-
-        forgotten = 0
-        while True:
-            # A transaction for each page, so that charges need not wait for all of them.
-            given_back, count = self._transact(work)
-            forgotten += count
-            if not given_back and not count:
-                return forgotten
+        token, _ = self._change({"token_id": token_id, "idempotency_key": idempotency_key}, rule)
+        return token
 
     def _take(
-        self,
-        find: Callable[[Transaction], Token],
-        kind: Kind,
-        amount: int,
-        model: str | None,
-        operation_id: str | None,
-        expires_in: float | None,
+        self, place: _Place, kind: Kind, amount: int, *, idempotency_key: str | None, **arguments: Any
     ) -> tuple[Token, Operation]:
-        """A charge, final or as a reservation."""
-        rules.check_amount(amount)
-        for what, text in (("model", model), ("operation_id", operation_id)):
-            if text is not None:
-                rules.check_text(what, text)
+        """Make a charge, final or as a reservation. ``arguments`` are fields of the operation."""
+        check_amount(amount)
+        model = arguments["model"]
+        if model is not None:
+            check_text("model", model)
+        if kind == "charge":
+            _check_tokens(arguments["input_tokens"], arguments["output_tokens"])
+        operation_id = new_id()
+        expires_in = arguments.get("expires_in")
 
-        def work(transaction: Transaction) -> tuple[Token, Operation]:
-            token = find(transaction)
-            token_id = id_of(token)
-            made = None if operation_id is None else transaction.operation(operation_id)
-            if made is not None:
-                rules.check_replay(
-                    made, kind=kind, token_id=token_id, amount=amount, model=model, expires_in=expires_in
-                )
-                return token, made
-            now = self._now()
-            token = give_back_lapsed(transaction, token, now)
-            model_used = transaction.model_used(token_id, model) if model and token.model_limits_enabled else 0
-            rules.check_allowed(token, amount, model, model_used, now)
+        def rule(account: Account, now: float) -> Changes | None:
+            if account.made is not None:
+                rules.check_replay(account.made, kind=kind, amount=amount, **arguments)
+                return None
             operation = Operation(
-                id=operation_id or _new_id(),
-                token_id=token_id,
+                id=operation_id,
+                token_id=id_of(account.token),
                 kind=kind,
                 amount=amount,
-                model=model,
-                expires_in=expires_in,
+                idempotency_key=idempotency_key,
                 expires_at=None if expires_in is None else now + expires_in,
-                final_amount=amount if expires_in is None else None,
                 created_at=now,
+                **arguments,
             )
-            token, operation = change_held(
-                transaction, token, operation, amount, unlimited=token.unlimited_quota, now=now
+            return rules.take(account, operation, now)
+
+        token, operation = self._change({**place, "idempotency_key": idempotency_key, "model": model}, rule)
+        assert operation is not None
+        return token, operation
+
+    def _change(self, place: _Place, rule: _Rule) -> tuple[Token, Operation | None]:
+        """Apply a rule to an account in a transaction.
+
+        :return: the token after it, and the operation that was made last, or that a repeated call has found.
+        """
+        if place.get("idempotency_key") is not None:
+            check_text("idempotency_key", place["idempotency_key"])
+        if "token_id" in place and not can_exist(place["token_id"]):
+            raise token_not_found(place["token_id"])
+        renewal_id = new_id()
+
+        def work(transaction: Transaction) -> tuple[Token, Operation | None] | QuotaExceeded:
+            now = self._now()
+            account = transaction.load(Lookup(**place, now=now, most_lapsed=MOST_LAPSED))
+            if account is None:
+                raise _NoAccount
+            if len(account.lapsed) >= MOST_LAPSED:
+                account = dataclasses.replace(account, more_lapsed=True)
+            current, due = rules.bring_up_to_date(account, now, renewal_id=renewal_id)
+            try:
+                changes = rule(current, now)
+            except QuotaExceeded as error:
+                if due is not None:
+                    transaction.save(due)
+                if error.model is not None:
+                    error.held = transaction.model_held(id_of(account.token), error.model)
+                if due is None:
+                    raise
+                # Returned and not raised, so that what has lapsed is released all the same.
+                return _Again() if account.more_lapsed else error
+            if changes is None:
+                made = account.made or account.operation
+                return renewed(account.token, now), made and dataclasses.replace(made, replayed=True)
+            transaction.save(changes if due is None else due.then(changes))
+            return changes.token, changes.steps[-1].after if changes.steps else None
+
+        try:
+            outcome = self._transact(work)
+            while isinstance(outcome, _Again):
+                outcome = self._transact(work)
+        except _NoAccount:
+            raise self._not_found(place) from None
+        if isinstance(outcome, QuotaExceeded):
+            raise outcome
+        return outcome
+
+    def _not_found(self, place: _Place) -> TokenNotFound | OperationNotFound:
+        operation_id = place.get("operation_id")
+        if operation_id is None:
+            return token_not_found(place.get("token_id"))
+        operation = self._operation(operation_id)
+        if operation is None:
+            return OperationNotFound(
+                f"there is no operation {operation_id!r}, or it was pruned", operation_id=operation_id
             )
-            transaction.insert_operation(operation)
-            return token, operation
-
-        return self._transact(work)
+        return token_not_found(operation.token_id)
 
 
-def _of_key(transaction: Transaction, digest: bytes) -> Token:
-    token = transaction.load_by_digest(digest)
-    if token is None:
-        raise TokenNotFound("no token has this key")
-    return token
+class _NoAccount(Exception):
+    """There is no such token or operation."""
 
 
-def _new_id() -> str:
-    return uuid.uuid4().hex
+class _Again(QuotaExceeded):
+    """The refusal is not final: more reservations have lapsed than one transaction releases."""
+
+
+def token_not_found(token_id: int | None) -> TokenNotFound:
+    text = "no token has this key" if token_id is None else f"there is no token {token_id}"
+    return TokenNotFound(text, token_id=token_id)
+
+
+def _check_tokens(input_tokens: int, output_tokens: int) -> None:
+    check_amount(input_tokens, "input_tokens", unit="tokens")
+    check_amount(output_tokens, "output_tokens", unit="tokens")
+
+
+def _id_of(operation: Operation | str) -> str:
+    operation_id = operation.id if isinstance(operation, Operation) else operation
+    check_text("operation", operation_id)
+    return operation_id

@@ -1,7 +1,8 @@
-"""Tokens and operations as rows: one order of columns in queries, in what they give, and in what is saved."""
+"""Tokens, operations and usage as rows. A column has the name of its field, so a new field needs no line here."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any, Final
@@ -9,85 +10,65 @@ from typing import Any, Final
 from ..errors import DamagedToken
 from ..operations import Operation
 from ..tokens import Token, encode_model_limits
+from ..usage import DayUsage
 
-#: The columns of a token behind its ``id``.
-TOKEN_COLUMNS: Final = (
-    "hint",
-    "name",
-    "total_available",
-    "total_used",
-    "unlimited_quota",
-    "model_limits",
-    "model_limits_enabled",
-    "expires_at",
-    "enabled",
-    "created_at",
+#: The columns of a token behind its ``id``, which the database gives.
+TOKEN_COLUMNS: Final = tuple(field.name for field in dataclasses.fields(Token) if field.name != "id")
+#: The columns of an operation behind its ``number``, which the database gives.
+OPERATION_COLUMNS: Final = tuple(
+    field.name for field in dataclasses.fields(Operation) if field.name not in ("number", "replayed")
 )
-#: The columns of an operation behind its ``number``.
-OPERATION_COLUMNS: Final = (
-    "id",
-    "token_id",
-    "kind",
-    "amount",
-    "model",
-    "held",
-    "unlimited",
-    "expires_in",
-    "expires_at",
-    "final_amount",
-    "refund_of",
-    "created_at",
-    "changed_at",
-)
+#: The columns of usage by day behind its ``token_id``.
+DAY_COLUMNS: Final = tuple(field.name for field in dataclasses.fields(DayUsage))
+
+_TOKEN_ROW: Final = ("id", *TOKEN_COLUMNS)
+_OPERATION_ROW: Final = ("number", *OPERATION_COLUMNS)
 
 
 def token_of(row: Sequence[Any]) -> Token:
-    """The token of a row that begins with its ``id`` and :data:`TOKEN_COLUMNS`.
+    """Return the token of a row that begins with its ``id`` and :data:`TOKEN_COLUMNS`.
 
-    :raises DamagedToken: somebody else has written it.
+    :raises DamagedToken: another program has written it.
     """
+    fields = dict(zip(_TOKEN_ROW, row))  # noqa: B905 - a row may have more behind them
     try:
-        return Token(
-            id=row[0],
-            hint=row[1],
-            name=row[2],
-            total_available=row[3],
-            total_used=row[4],
-            unlimited_quota=row[5] == 1,  # SQLite and MySQL have no other booleans than 0 and 1
-            model_limits={} if row[6] == "{}" else json.loads(row[6]),
-            model_limits_enabled=row[7] == 1,
-            expires_at=row[8],
-            enabled=row[9] == 1,
-            created_at=row[10],
-        )
+        # SQLite and MySQL have no other booleans than 0 and 1.
+        fields["unlimited_quota"] = fields["unlimited_quota"] == 1
+        fields["model_limits_enabled"] = fields["model_limits_enabled"] == 1
+        fields["enabled"] = fields["enabled"] == 1
+        limits = fields["model_limits"]
+        fields["model_limits"] = {} if limits == "{}" else json.loads(limits)
+        return Token(**fields)
     except (TypeError, ValueError, RecursionError) as error:
         raise DamagedToken(row[0], str(error)) from error
 
 
-def token_values(token: Token) -> tuple[Any, ...]:
-    """The values of :data:`TOKEN_COLUMNS`."""
-    return (
-        token.hint,
-        token.name,
-        token.total_available,
-        token.total_used,
-        token.unlimited_quota,
-        encode_model_limits(token.model_limits),
-        token.model_limits_enabled,
-        token.expires_at,
-        token.enabled,
-        token.created_at,
-    )
+def token_values(token: Token) -> dict[str, Any]:
+    """Return the values of :data:`TOKEN_COLUMNS`, by column."""
+    return {name: _value(token, name) for name in TOKEN_COLUMNS}
+
+
+def changed_values(before: Token, after: Token) -> dict[str, Any]:
+    """Return the values of those columns in which two tokens differ, by column."""
+    return {name: _value(after, name) for name in TOKEN_COLUMNS if getattr(before, name) != getattr(after, name)}
+
+
+def _value(token: Token, name: str) -> Any:
+    return encode_model_limits(token.model_limits) if name == "model_limits" else getattr(token, name)
 
 
 def operation_of(row: Sequence[Any]) -> Operation:
-    """The operation of a row that is its ``number`` and :data:`OPERATION_COLUMNS`."""
-    number, *values = row
-    fields = dict(zip(OPERATION_COLUMNS, values, strict=True))
+    """Return the operation of a row that is its ``number`` and :data:`OPERATION_COLUMNS`."""
+    fields = dict(zip(_OPERATION_ROW, row, strict=True))
     fields["unlimited"] = fields["unlimited"] == 1
-    return Operation(number=number, **fields)
+    return Operation(**fields)
 
 
-def operation_values(operation: Operation) -> tuple[Any, ...]:
-    """The values of :data:`OPERATION_COLUMNS`."""
-    return tuple(getattr(operation, name) for name in OPERATION_COLUMNS)
+def operation_values(operation: Operation) -> dict[str, Any]:
+    """Return the values of :data:`OPERATION_COLUMNS`, by column."""
+    return {name: getattr(operation, name) for name in OPERATION_COLUMNS}
+
+
+def changed_operation_values(before: Operation, after: Operation) -> dict[str, Any]:
+    """Return the values of those columns in which two operations differ, by column."""
+    return {name: getattr(after, name) for name in OPERATION_COLUMNS if getattr(before, name) != getattr(after, name)}

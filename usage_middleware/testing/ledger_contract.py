@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ..checks import MAX_INTEGER
 from ..errors import (
     ModelNotAllowed,
     OperationConflict,
@@ -19,12 +20,11 @@ from ..errors import (
     TokenExpired,
     TokenNotFound,
 )
-from ..keys import key_digest
-from ..operations import MAX_INTEGER
+from ..operations import Operation
 from ..stores import ledger
 from ..stores.base import QuotaStore
-from ..stores.transaction import Transaction, find_operation, find_token
-from ..tokens import Token, TokenRecord
+from ..stores.transaction import Transaction
+from ..tokens import Token
 from .token_store import THREADS
 
 _NOW = 1_800_000_000.0
@@ -61,13 +61,13 @@ class Account:
         """What is used, and what is available."""
         token = self.store.get(self.key)
         assert token is not None
-        assert token == self.store.find(self.id)
+        assert token == self.store.get_by_id(self.id)
         return token.total_used, token.total_available
 
     def charge(self, amount: int, **options: Any) -> Token:
         return self.store.charge(self.key, amount, **options)
 
-    def reserve(self, amount: int, **options: Any) -> str:
+    def reserve(self, amount: int, **options: Any) -> Operation:
         return self.store.reserve(self.key, amount, **options)
 
 
@@ -105,12 +105,12 @@ class LedgerContract:
         history = list(account.store.history(account.id))
         for amount in (2, 1000, MAX_INTEGER):
             with pytest.raises(QuotaExceeded, match=f"token {account.id} has 1 .* {amount} "):
-                make(account, amount, operation_id="refused", model="gpt-4o")
+                make(account, amount, idempotency_key="refused", model="gpt-4o")
         assert account.totals == (999, 1)
         assert list(account.store.history(account.id)) == history
         assert account.store.model_usage(account.id) == {}
         # A refusal does not use up the operation's id.
-        make(account, 1, operation_id="refused")
+        make(account, 1, idempotency_key="refused")
         make(account, 0)
         assert account.totals == (1000, 0)
 
@@ -146,8 +146,8 @@ class LedgerContract:
 
     @pytest.mark.parametrize(("amount", "error"), [*_BAD_AMOUNTS, pytest.param(None, TypeError, id="None")])
     def test_an_amount_is_a_number_of_units(self, account: Account, amount: Any, error: type[Exception]) -> None:
-        account.charge(10, operation_id="charge")
-        account.reserve(10, operation_id="reserve")
+        account.charge(10, idempotency_key="charge")
+        account.reserve(10, idempotency_key="reserve")
         for use in (
             lambda: account.charge(amount),
             lambda: account.reserve(amount),
@@ -167,14 +167,14 @@ class LedgerContract:
     def test_models_and_operation_ids_are_short_texts(
         self, account: Account, name: Any, error: type[Exception]
     ) -> None:
-        account.charge(10, operation_id="charge")
+        account.charge(10, idempotency_key="charge")
         uses: list[tuple[str, Callable[[], object]]] = [
             ("model", lambda: account.charge(1, model=name)),
-            ("operation_id", lambda: account.charge(1, operation_id=name)),
-            ("operation_id", lambda: account.reserve(1, operation_id=name)),
+            ("operation_id", lambda: account.charge(1, idempotency_key=name)),
+            ("operation_id", lambda: account.reserve(1, idempotency_key=name)),
             ("operation_id", lambda: account.store.settle(name, 1)),
             ("operation_id", lambda: account.store.refund(name)),
-            ("refund_id", lambda: account.store.refund("charge", refund_id=name)),
+            ("refund_id", lambda: account.store.refund("charge", idempotency_key=name)),
         ]
         for argument, use in uses:
             with pytest.raises(error, match=f"^{argument} "):
@@ -183,8 +183,8 @@ class LedgerContract:
 
     def test_an_operator_charges_by_id(self, store: QuotaStore) -> None:
         account = Account(store, model_limits={"gpt-4o": 100})
-        token = store.charge_by_id(account.id, 60, model="gpt-4o", operation_id="once")
-        assert account.charge(60, model="gpt-4o", operation_id="once") == token
+        token = store.charge_by_id(account.id, 60, model="gpt-4o", idempotency_key="once")
+        assert account.charge(60, model="gpt-4o", idempotency_key="once") == token
         assert account.totals == (60, 940)
         with pytest.raises(QuotaExceeded):
             store.charge_by_id(account.id, 41, model="gpt-4o")
@@ -241,13 +241,13 @@ class LedgerContract:
 
     def test_settles_and_refunds_count_for_the_model(self, store: QuotaStore) -> None:
         account = Account(store, model_limits={"capped": 100})
-        account.reserve(100, model="capped", operation_id="a")
+        account.reserve(100, model="capped", idempotency_key="a")
         store.settle("a", 30)
-        account.charge(70, model="capped", operation_id="b")
+        account.charge(70, model="capped", idempotency_key="b")
         store.refund("b", 50)
         account.charge(50, model="capped")
         assert store.model_usage(account.id) == {"capped": 100}
-        account.reserve(0, model="capped", operation_id="c")
+        account.reserve(0, model="capped", idempotency_key="c")
         store.settle("c", 7)  # the work was done
         assert store.model_usage(account.id) == {"capped": 107}
         account.charge(0, model="capped")
@@ -257,11 +257,11 @@ class LedgerContract:
     # --- the same call again
 
     def test_a_repeated_charge_changes_nothing(self, account: Account) -> None:
-        token = account.charge(600, model="gpt-4o", operation_id="once")
-        assert account.charge(600, model="gpt-4o", operation_id="once") == token
+        token = account.charge(600, model="gpt-4o", idempotency_key="once")
+        assert account.charge(600, model="gpt-4o", idempotency_key="once") == token
         # The answer of a charge that was made does not depend on what became of the token since.
         account.store.update(account.id, enabled=False)
-        account.charge(600, model="gpt-4o", operation_id="once")
+        account.charge(600, model="gpt-4o", idempotency_key="once")
         assert account.totals == (600, 400)
         assert account.store.model_usage(account.id) == {"gpt-4o": 600}
         assert len(list(account.store.history(account.id))) == 1
@@ -274,26 +274,26 @@ class LedgerContract:
 
     def test_an_operation_id_stands_for_one_call(self, account: Account) -> None:
         other = Account(account.store)
-        account.charge(5, model="gpt-4o", operation_id="charge")
-        account.reserve(5, operation_id="reserve")
-        account.store.refund("charge", 1, refund_id="refund")
-        other.charge(5, operation_id="other")
+        account.charge(5, model="gpt-4o", idempotency_key="charge")
+        account.reserve(5, idempotency_key="reserve")
+        account.store.refund("charge", 1, idempotency_key="refund")
+        other.charge(5, idempotency_key="other")
         uses: list[tuple[str, str, Callable[[], object]]] = [
-            ("charge", "amount", lambda: account.charge(6, model="gpt-4o", operation_id="charge")),
-            ("charge", "model", lambda: account.charge(5, model="gpt-4", operation_id="charge")),
-            ("charge", "model", lambda: account.charge(5, operation_id="charge")),
-            ("charge", "token_id", lambda: other.charge(5, model="gpt-4o", operation_id="charge")),
-            ("charge", "kind", lambda: account.reserve(5, model="gpt-4o", operation_id="charge")),
-            ("reserve", "amount", lambda: account.reserve(6, operation_id="reserve")),
-            ("reserve", "model", lambda: account.reserve(5, model="gpt-4o", operation_id="reserve")),
-            ("reserve", "expires_in", lambda: account.reserve(5, operation_id="reserve", expires_in=601)),
-            ("reserve", "kind", lambda: account.charge(5, operation_id="reserve")),
-            ("refund", "kind", lambda: account.charge(1, operation_id="refund")),
-            ("refund", "kind", lambda: account.charge(1, model="gpt-4o", operation_id="refund")),
-            ("refund", "amount", lambda: account.store.refund("charge", 2, refund_id="refund")),
-            ("refund", "amount", lambda: account.store.refund("charge", refund_id="refund")),
-            ("refund", "refund_of", lambda: account.store.refund("other", 1, refund_id="refund")),
-            ("charge", "kind", lambda: account.store.refund("charge", 5, refund_id="charge")),
+            ("charge", "amount", lambda: account.charge(6, model="gpt-4o", idempotency_key="charge")),
+            ("charge", "model", lambda: account.charge(5, model="gpt-4", idempotency_key="charge")),
+            ("charge", "model", lambda: account.charge(5, idempotency_key="charge")),
+            ("charge", "token_id", lambda: other.charge(5, model="gpt-4o", idempotency_key="charge")),
+            ("charge", "kind", lambda: account.reserve(5, model="gpt-4o", idempotency_key="charge")),
+            ("reserve", "amount", lambda: account.reserve(6, idempotency_key="reserve")),
+            ("reserve", "model", lambda: account.reserve(5, model="gpt-4o", idempotency_key="reserve")),
+            ("reserve", "expires_in", lambda: account.reserve(5, idempotency_key="reserve", expires_in=601)),
+            ("reserve", "kind", lambda: account.charge(5, idempotency_key="reserve")),
+            ("refund", "kind", lambda: account.charge(1, idempotency_key="refund")),
+            ("refund", "kind", lambda: account.charge(1, model="gpt-4o", idempotency_key="refund")),
+            ("refund", "amount", lambda: account.store.refund("charge", 2, idempotency_key="refund")),
+            ("refund", "amount", lambda: account.store.refund("charge", idempotency_key="refund")),
+            ("refund", "refund_of", lambda: account.store.refund("other", 1, idempotency_key="refund")),
+            ("charge", "kind", lambda: account.store.refund("charge", 5, idempotency_key="charge")),
         ]
         for operation_id, difference, use in uses:
             with pytest.raises(OperationConflict, match=f"'{operation_id}' .* another {difference}$"):
@@ -303,8 +303,8 @@ class LedgerContract:
 
     def test_operation_ids_are_exact(self, account: Account) -> None:
         for operation_id in ("id", "ID", "id ", " id", "id%", "\u0131d", "x" * 255, "\u4ee4\u724c \U0001f511"):
-            account.charge(1, operation_id=operation_id)
-            account.charge(1, operation_id=operation_id)
+            account.charge(1, idempotency_key=operation_id)
+            account.charge(1, idempotency_key=operation_id)
         assert account.totals == (8, 992)
 
     # --- reserve, settle
@@ -351,26 +351,26 @@ class LedgerContract:
     def test_only_a_reservation_is_settled(self, account: Account) -> None:
         with pytest.raises(OperationNotFound, match="missing"):
             account.store.settle("missing", 0)
-        account.charge(5, operation_id="charge")
-        account.store.refund("charge", 1, refund_id="refund")
+        account.charge(5, idempotency_key="charge")
+        account.store.refund("charge", 1, idempotency_key="refund")
         account.store.grant(account.id, 7)
         for operation in account.store.history(account.id):
             for amount in (0, operation.final_amount):
                 with pytest.raises(OperationConflict, match=f"'{operation.id}' is a {operation.kind}"):
                     account.store.settle(operation.id, amount)  # type: ignore[arg-type]
-        account.reserve(5, operation_id="reserve")
+        account.reserve(5, idempotency_key="reserve")
         account.store.delete(account.id)
         with pytest.raises(TokenNotFound, match=str(account.id)):
             account.store.settle("reserve", 5)
 
     def test_a_repeated_reserve_changes_nothing(self, account: Account, clock: Callable[[float], None]) -> None:
-        assert account.reserve(300, operation_id="mine", expires_in=60) == "mine"
-        assert account.reserve(300, operation_id="mine", expires_in=60) == "mine"
+        assert account.reserve(300, idempotency_key="mine", expires_in=60) == "mine"
+        assert account.reserve(300, idempotency_key="mine", expires_in=60) == "mine"
         assert account.totals == (300, 700)
         account.store.settle("mine", 100)
-        assert account.reserve(300, operation_id="mine", expires_in=60) == "mine"
+        assert account.reserve(300, idempotency_key="mine", expires_in=60) == "mine"
         clock(61)
-        assert account.reserve(300, operation_id="mine", expires_in=60) == "mine"
+        assert account.reserve(300, idempotency_key="mine", expires_in=60) == "mine"
         assert account.totals == (100, 900)
 
     @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), None, "600", True])
@@ -396,7 +396,7 @@ class LedgerContract:
             account.reserve(1)
 
     def test_a_lapsed_reservation_gives_back_once(self, account: Account, clock: Callable[[float], None]) -> None:
-        account.reserve(700, operation_id="lapses", expires_in=60)
+        account.reserve(700, idempotency_key="lapses", expires_in=60)
         (reservation,) = account.store.history(account.id)
         for seconds in (60, 61, 62):
             clock(seconds)
@@ -462,10 +462,10 @@ class LedgerContract:
     def test_a_repeated_call_does_not_give_back_what_has_lapsed(
         self, account: Account, clock: Callable[[float], None]
     ) -> None:
-        account.charge(1, operation_id="once")
+        account.charge(1, idempotency_key="once")
         account.reserve(700, expires_in=60)
         clock(60)
-        account.charge(1, operation_id="once")
+        account.charge(1, idempotency_key="once")
         assert account.totals == (701, 299)
 
     def test_a_lapsed_reservation_is_given_back_to_its_own_token(
@@ -481,7 +481,7 @@ class LedgerContract:
     # --- refund
 
     def test_a_refund_gives_back_what_was_charged(self, account: Account) -> None:
-        account.charge(300, model="gpt-4o", operation_id="charge")
+        account.charge(300, model="gpt-4o", idempotency_key="charge")
         assert account.store.refund("charge", 100).total_available == 800
         assert account.totals == (200, 800)
         assert account.store.refund("charge", 0).total_used == 200
@@ -492,7 +492,7 @@ class LedgerContract:
         assert account.store.model_usage(account.id) in ({}, {"gpt-4o": 0})
 
     def test_refunds_never_give_back_more_than_was_charged(self, account: Account) -> None:
-        account.charge(300, operation_id="charge")
+        account.charge(300, idempotency_key="charge")
         account.charge(300)
         account.store.refund("charge", 200)
         for amount in (101, 300, MAX_INTEGER):
@@ -501,7 +501,7 @@ class LedgerContract:
         assert account.totals == (400, 600)
 
     def test_a_settled_reservation_is_refunded_of_its_final_amount(self, account: Account) -> None:
-        account.reserve(300, operation_id="reserve")
+        account.reserve(300, idempotency_key="reserve")
         with pytest.raises(OperationConflict, match=r"'reserve' .* settle"):
             account.store.refund("reserve")
         account.store.settle("reserve", 200)
@@ -514,16 +514,16 @@ class LedgerContract:
 
     @pytest.mark.parametrize(("amount", "used"), [(None, 0), (100, 200), (300, 0)])
     def test_a_repeated_refund_changes_nothing(self, account: Account, amount: int | None, used: int) -> None:
-        account.charge(300, operation_id="charge")
-        token = account.store.refund("charge", amount, refund_id="refund")
-        assert account.store.refund("charge", amount, refund_id="refund") == token
+        account.charge(300, idempotency_key="charge")
+        token = account.store.refund("charge", amount, idempotency_key="refund")
+        assert account.store.refund("charge", amount, idempotency_key="refund") == token
         assert account.totals == (used, 1000 - used)
 
     def test_what_cannot_be_refunded(self, account: Account) -> None:
         with pytest.raises(OperationNotFound, match="missing"):
             account.store.refund("missing")
-        account.charge(5, operation_id="charge")
-        account.store.refund("charge", 1, refund_id="refund")
+        account.charge(5, idempotency_key="charge")
+        account.store.refund("charge", 1, idempotency_key="refund")
         account.store.grant(account.id, 1)
         for operation in account.store.history(account.id):
             if operation.kind != "charge":
@@ -535,24 +535,24 @@ class LedgerContract:
 
     @pytest.mark.parametrize(("amount", "error"), _BAD_AMOUNTS)
     def test_the_amount_of_a_refund(self, account: Account, amount: Any, error: type[Exception]) -> None:
-        account.charge(10, operation_id="charge")
+        account.charge(10, idempotency_key="charge")
         with pytest.raises(error, match="amount"):
             account.store.refund("charge", amount)
         assert account.totals == (10, 990)
 
     def test_quota_that_was_unlimited_is_not_refunded_as_available(self, store: QuotaStore) -> None:
         account = Account(store, total_available=5, unlimited_quota=True)
-        account.charge(300, operation_id="unlimited")
-        account.reserve(50, operation_id="reserve")
+        account.charge(300, idempotency_key="unlimited")
+        account.reserve(50, idempotency_key="reserve")
         store.update(account.id, unlimited_quota=False)
         store.refund("unlimited", 100)
         assert account.totals == (250, 5)
         store.settle("reserve", 3)
         assert account.totals == (203, 2)
-        account.charge(2, operation_id="limited")
+        account.charge(2, idempotency_key="limited")
         store.refund("reserve", 1)  # it was settled while quota was limited
         assert account.totals == (204, 1)
-        account.reserve(1, operation_id="limited reserve")
+        account.reserve(1, idempotency_key="limited reserve")
         store.update(account.id, unlimited_quota=True)
         store.refund("limited")
         assert account.totals == (203, 2)
@@ -590,7 +590,7 @@ class LedgerContract:
         account = Account(store, total_available=2**63 - 1)
         with pytest.raises(ValueError, match="2\\*\\*63 - 1"):
             store.grant(account.id, 1)
-        account.charge(MAX_INTEGER, operation_id="all", model="gpt-4o")
+        account.charge(MAX_INTEGER, idempotency_key="all", model="gpt-4o")
         assert account.totals == (MAX_INTEGER, 0)
         with pytest.raises(ValueError, match="2\\*\\*63 - 1"):
             store.grant(account.id, 1)
@@ -611,11 +611,11 @@ class LedgerContract:
     def test_history_is_newest_first(self, account: Account, clock: Callable[[float], None]) -> None:
         Account(account.store).charge(1)
         assert list(account.store.history(account.id)) == []
-        account.charge(10, model="gpt-4o", operation_id="charge")
+        account.charge(10, model="gpt-4o", idempotency_key="charge")
         clock(1)
-        account.reserve(20, operation_id="reserve", expires_in=60)
+        account.reserve(20, idempotency_key="reserve", expires_in=60)
         clock(2)
-        account.store.refund("charge", refund_id="refund")
+        account.store.refund("charge", idempotency_key="refund")
         clock(3)
         account.store.settle("reserve", 15)
         clock(4)
@@ -638,7 +638,7 @@ class LedgerContract:
     def test_a_long_history_is_read_page_by_page(self, account: Account) -> None:
         Account(account.store).charge(0)
         for number in range(1010):
-            account.charge(0, operation_id=str(number))
+            account.charge(0, idempotency_key=str(number))
         assert [operation.id for operation in account.store.history(account.id)] == [*map(str, reversed(range(1010)))]
 
     def test_a_token_that_is_not_there_has_no_history(self, account: Account) -> None:
@@ -651,12 +651,12 @@ class LedgerContract:
             assert account.store.model_usage(token_id) == {}
 
     def test_prune_forgets_what_is_finished_and_old(self, account: Account, clock: Callable[[float], None]) -> None:
-        account.charge(1, operation_id="old")
-        account.charge(2, operation_id="refunded later")
-        account.reserve(4, operation_id="settled later", expires_in=5)
-        account.reserve(8, operation_id="open", expires_in=1000)
-        account.reserve(16, operation_id="lapsed", expires_in=5)
-        account.reserve(32, operation_id="lapses later", expires_in=20)
+        account.charge(1, idempotency_key="old")
+        account.charge(2, idempotency_key="refunded later")
+        account.reserve(4, idempotency_key="settled later", expires_in=5)
+        account.reserve(8, idempotency_key="open", expires_in=1000)
+        account.reserve(16, idempotency_key="lapsed", expires_in=5)
+        account.reserve(32, idempotency_key="lapses later", expires_in=20)
         clock(15)
         account.store.refund("refunded later", 1)
         account.store.settle("settled later", 4)
@@ -747,8 +747,8 @@ class LedgerContract:
         store, other = account.store, Account(account.store)
         assert list(store.open_reservations()) == []
         for number in range(4):
-            account.reserve(1, operation_id=f"a{number}")
-            other.reserve(1, operation_id=f"b{number}", expires_in=1)
+            account.reserve(1, idempotency_key=f"a{number}")
+            other.reserve(1, idempotency_key=f"b{number}", expires_in=1)
         account.reserve(0)
         account.charge(1)
         store.settle("a1", 1)
@@ -759,50 +759,6 @@ class LedgerContract:
         assert set(reservations) <= {*store.history(account.id), *store.history(other.id)}
         other.charge(1)  # gives back what has lapsed
         assert [reservation.id for reservation in store.open_reservations()] == ["a0", "a2", "a3"]
-
-    # --- transactions
-
-    def test_what_raises_in_a_transaction_has_changed_nothing(
-        self, account: Account, clock: Callable[[float], None]
-    ) -> None:
-        store, rotated, deleted = account.store, Account(account.store), Account(account.store)
-        new, other = (TokenRecord(token=Token(), digest=key_digest(key)) for key in ("new", "other"))
-        account.charge(5, model="gpt-4o", operation_id="old")
-        account.reserve(7, operation_id="reserve")
-        deleted.charge(5, model="gpt-4o")
-        clock(10)
-
-        def work(transaction: Transaction) -> None:
-            token, operation = find_operation(transaction, "reserve")
-            for name in ("Changed", "Changed once more"):
-                transaction.save(dataclasses.replace(token, name=name))
-            transaction.save_operation(dataclasses.replace(operation, held=0))
-            transaction.insert_operation(dataclasses.replace(operation, id="made"))
-            transaction.add_model_used(account.id, "gpt-4o", 1)
-            transaction.add_model_used(account.id, "gpt-4", 1)
-            assert transaction.insert([new]) != [None]
-            transaction.rekey(find_token(transaction, rotated.id), other.digest)
-            transaction.delete(deleted.id)
-            assert transaction.forget(_NOW + 5, _NOW + 5, 1000) > 0
-            raise RuntimeError
-
-        def content() -> list[object]:
-            ids = (account.id, rotated.id, deleted.id)
-            histories = [list(store.history(token_id)) for token_id in ids]
-            usages = [store.model_usage(token_id) for token_id in ids]
-            return [list(store.tokens()), histories, usages, list(store.open_reservations())]
-
-        before = content()
-        with pytest.raises(RuntimeError):
-            store._transact(work)
-        assert content() == before
-        for key in (rotated.key, deleted.key):
-            assert store.get(key) is not None
-        assert store.get("new") is store.get("other") is None
-        # Nor was a key given up, or the place of an operation.
-        assert None not in store.restore([new, other])
-        account.charge(1, operation_id="made")
-        assert [operation.id for operation in store.history(account.id)] == ["made", "reserve", "old"]
 
     # --- many at once
 
@@ -822,5 +778,5 @@ class LedgerContract:
 
     def test_threads_that_repeat_a_call_make_it_once(self, account: Account) -> None:
         with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(lambda number: account.charge(1, operation_id=str(number % 10)), range(100)))
+            list(pool.map(lambda number: account.charge(1, idempotency_key=str(number % 10)), range(100)))
         assert account.totals == (10, 990)

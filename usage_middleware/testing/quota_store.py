@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from ..checks import MAX_INTEGER
 from ..errors import StoreError, TokenNotFound
-from ..operations import MAX_INTEGER
 from ..stores.base import QuotaStore
 from ..tokens import Token
 from .ledger_contract import LedgerContract
@@ -113,7 +113,7 @@ class QuotaStoreContract(LedgerContract, RecordsContract, TokenStoreContract):
             name="Default Token", total_available=1000, id=token.id, hint=key[-4:], created_at=token.created_at
         )
         assert store.get(key.removeprefix("sk-")) == token
-        assert store.find(token.id) == token
+        assert store.get_by_id(token.id) == token
 
     def test_every_field_is_kept(self, store: QuotaStore) -> None:
         key, token = store.create(**_EVERY_FIELD)
@@ -181,16 +181,16 @@ class QuotaStoreContract(LedgerContract, RecordsContract, TokenStoreContract):
     # --- find, tokens
 
     def test_an_unknown_id_has_no_token(self, store: QuotaStore) -> None:
-        assert store.find(1) is None
-        assert store.find(0) is None
-        assert store.find(-1) is None
-        assert store.find(MAX_INTEGER) is None
-        assert store.find(MAX_INTEGER + 1) is None
+        assert store.get_by_id(1) is None
+        assert store.get_by_id(0) is None
+        assert store.get_by_id(-1) is None
+        assert store.get_by_id(MAX_INTEGER) is None
+        assert store.get_by_id(MAX_INTEGER + 1) is None
 
     @pytest.mark.parametrize("token_id", _BAD_IDS)
     def test_an_id_is_an_int(self, store: QuotaStore, token_id: Any) -> None:
         store.create()
-        for method in (store.find, store.update, store.rotate, store.delete):
+        for method in (store.get_by_id, store.update, store.rotate, store.delete):
             with pytest.raises(TypeError, match="token id"):
                 method(token_id)
 
@@ -237,7 +237,7 @@ class QuotaStoreContract(LedgerContract, RecordsContract, TokenStoreContract):
         _, token = store.create(name="Before")
         with pytest.raises(error):
             store.update(_id(token), **{"expires_at": 5, **changes})
-        assert store.find(_id(token)) == token
+        assert store.get_by_id(_id(token)) == token
 
     @pytest.mark.parametrize(
         "field", ["total_available", "total_used", "total_granted", "id", "hint", "created_at", "key", "nonsense"]
@@ -245,8 +245,8 @@ class QuotaStoreContract(LedgerContract, RecordsContract, TokenStoreContract):
     def test_other_fields_cannot_be_updated(self, store: QuotaStore, field: str) -> None:
         _, token = store.create()
         with pytest.raises(TypeError, match=field):
-            store.update(_id(token), **{field: 1})
-        assert store.find(_id(token)) == token
+            store.update(_id(token), **{field: 1})  # type: ignore[arg-type]
+        assert store.get_by_id(_id(token)) == token
 
     # --- rotate, delete
 
@@ -262,7 +262,7 @@ class QuotaStoreContract(LedgerContract, RecordsContract, TokenStoreContract):
         _, other = store.create()
         store.delete(_id(token))
         assert store.get(key.removeprefix("sk-")) is None
-        assert store.find(_id(token)) is None
+        assert store.get_by_id(_id(token)) is None
         assert list(store.tokens()) == [other]
 
     def test_an_id_is_never_given_again(self, store: QuotaStore) -> None:
@@ -309,7 +309,7 @@ class QuotaStoreContract(LedgerContract, RecordsContract, TokenStoreContract):
         store.close()
         for use in (
             lambda: store.get("key"),
-            lambda: store.find(_id(token)),
+            lambda: store.get_by_id(_id(token)),
             lambda: list(store.tokens()),
             lambda: store.create(),
             lambda: store.update(_id(token), name="x"),

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from ..checks import MAX_INTEGER
 from ..errors import QuotaExceeded, StoreError
 from ..keys import key_digest
-from ..operations import MAX_INTEGER
 from ..stores.base import QuotaStore
 from ..tokens import Token, TokenRecord
 
@@ -78,7 +78,7 @@ class RecordsContract:
         assert token_id is not None
         expected = dataclasses.replace(token, id=token_id)
         assert store.get("moved-key") == expected
-        assert store.find(token_id) == expected
+        assert store.get_by_id(token_id) == expected
         # Equality takes 1 for True; the wire does not.
         assert [type(limit) for limit in expected.model_limits.values()] == [
             type(limit) for limit in token.model_limits.values()

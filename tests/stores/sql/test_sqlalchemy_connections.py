@@ -39,7 +39,7 @@ def test_a_server_that_is_restarted(disposable_server):
             [
                 lambda s: s.get(key),
                 lambda s: s.find(token.id),
-                lambda s: s.charge(key, 1, operation_id="a charge"),
+                lambda s: s.charge(key, 1, idempotency_key="a charge"),
                 lambda s: list(s.history(token.id)),
             ]
         ):
@@ -82,7 +82,7 @@ def connection_id(transaction):
 def charge(count, name):
     for number in range(count):
         store.get(key)
-        store.charge(key, 1, operation_id=f"{name} {number}")
+        store.charge(key, 1, idempotency_key=f"{name} {number}")
 
 def child(name):
     charge(5, name)
@@ -167,6 +167,6 @@ def test_a_store_that_was_used_may_be_forked(database, store, how, charges, own,
         [*command, "-c", FORK, database.url, key, how, own, ask_for], capture_output=True, text=True, timeout=60
     )
     assert (done.stdout, done.stderr, done.returncode) == ("charged\n", "", 0), done.stderr
-    token = store.find(token.id)
+    token = store.get_by_id(token.id)
     ids = [operation.id for operation in store.history(token.id)]
     assert (token.total_used, len(ids), len(set(ids))) == (charges, charges, charges)

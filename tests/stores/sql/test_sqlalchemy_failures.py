@@ -50,10 +50,10 @@ def test_a_transaction_is_not_begun_again_for_ever(database, store):
     key, token = create(store)
     with failing(database, again("40001", 1213), 1000) as tried:
         with pytest.raises(StoreError):
-            store.charge(key, 5, operation_id="x")
+            store.charge(key, 5, idempotency_key="x")
         assert tried() == 10
-    assert store.find(token.id) == token
-    assert store.charge(key, 5, operation_id="x").total_used == 5
+    assert store.get_by_id(token.id) == token
+    assert store.charge(key, 5, idempotency_key="x").total_used == 5
 
 
 def test_an_error_that_would_come_again_is_told_at_once(database, store):
@@ -62,7 +62,7 @@ def test_an_error_that_would_come_again_is_told_at_once(database, store):
         with pytest.raises(StoreError):
             store.charge(key, 5)
         assert tried() == 1
-    assert store.find(token.id) == token
+    assert store.get_by_id(token.id) == token
 
 
 def insert_operation(operation_id, token_id):
@@ -91,7 +91,7 @@ def test_a_deadlock_is_resolved(database, store):
             connection.execute(insert_operation("x", token.id))
             for number in range(50):
                 connection.execute(insert_operation(f"other {number}", token.id))
-            charged = thread.submit(charging.charge, key, 5, operation_id="x")
+            charged = thread.submit(charging.charge, key, 5, idempotency_key="x")
             until(lambda: waits(database))
             connection.execute(text(f"SELECT * FROM usage_tokens WHERE id = {token.id} FOR UPDATE")).all()
             connection.rollback()
@@ -116,7 +116,7 @@ def test_a_connection_that_is_killed_while_it_waits_for_a_lock(database, store):
             database.server.execute("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE NOT granted")
         connection.rollback()
         assert charged.result(DEADLINE).total_used == 5
-    assert store.find(token.id).total_used == 5
+    assert store.get_by_id(token.id).total_used == 5
 
 
 # --- A COMMIT whose answer is lost
@@ -190,10 +190,10 @@ def test_a_commit_that_is_lost(database, store, proxy, loses, own):
         for number in (1, 2):
             proxy.loses = loses
             with pytest.raises(StoreError, match="not known whether") as caught:
-                charging.charge(key, 5, operation_id=f"charge {number}")
+                charging.charge(key, 5, idempotency_key=f"charge {number}")
             assert databases.PASSWORD not in "".join(traceback.format_exception(caught.value))
-            assert store.find(token.id).total_used == 5 * (number - (loses == "the request"))
-            assert charging.charge(key, 5, operation_id=f"charge {number}").total_used == 5 * number
+            assert store.get_by_id(token.id).total_used == 5 * (number - (loses == "the request"))
+            assert charging.charge(key, 5, idempotency_key=f"charge {number}").total_used == 5 * number
     engine.dispose()
     assert [operation.held for operation in store.history(token.id)] == [5, 5]
 
@@ -204,10 +204,10 @@ def test_a_connection_that_is_killed_in_the_middle_of_a_commit(database, store):
     key, token = create(store)
     with failing(database, DIE, 1, deferred=True):
         with pytest.raises(StoreError, match="not known whether"):
-            store.charge(key, 5, operation_id="x")
-        assert store.find(token.id) == token
-        assert store.charge(key, 5, operation_id="x").total_used == 5
-        assert store.charge(key, 5, operation_id="x").total_used == 5
+            store.charge(key, 5, idempotency_key="x")
+        assert store.get_by_id(token.id) == token
+        assert store.charge(key, 5, idempotency_key="x").total_used == 5
+        assert store.charge(key, 5, idempotency_key="x").total_used == 5
 
 
 def test_a_commit_that_is_refused_is_begun_again(database, store):

@@ -23,12 +23,12 @@ def test_two_tokens_and_one_operation_id(database, store):
     (key, token), (other_key, other) = create(store), create(store)
     with (
         hooked_store(
-            database, "INSERT INTO usage_operations", lambda: store.charge(other_key, 1, operation_id="x")
+            database, "INSERT INTO usage_operations", lambda: store.charge(other_key, 1, idempotency_key="x")
         ) as racing,
         pytest.raises(OperationConflict),
     ):
-        racing.charge(key, 1, operation_id="x")
-    assert (store.find(token.id).total_used, store.find(other.id).total_used) == (0, 1)
+        racing.charge(key, 1, idempotency_key="x")
+    assert (store.get_by_id(token.id).total_used, store.get_by_id(other.id).total_used) == (0, 1)
 
 
 def refused(says):
@@ -103,8 +103,8 @@ def test_a_key_that_is_brought_while_it_goes(database, store, give_up, beginning
 def test_what_changes_before_the_token_is_locked(database, store, call, meanwhile, error):
     """What a call has looked at before it had the lock counts for nothing."""
     key, token = create(store)
-    store.charge(key, 10, operation_id="c")
-    store.reserve(key, 20, operation_id="r")
+    store.charge(key, 10, idempotency_key="c")
+    store.reserve(key, 20, idempotency_key="r")
     with (
         hooked_store(database, "SELECT usage_tokens", lambda: meanwhile(store, token.id)) as racing,
         pytest.raises(error),
@@ -131,7 +131,7 @@ def test_a_charge_that_waits_for_another_sees_what_it_left(database, store):
         go_on.set()
         assert slow.result(DEADLINE).total_used == 7
         assert "3 quota units left" in str(fast.exception(DEADLINE))
-    assert store.find(token.id).total_available == 3
+    assert store.get_by_id(token.id).total_available == 3
 
 
 def test_prune_races_with_all_else(database, store, full):
@@ -143,10 +143,10 @@ def test_prune_races_with_all_else(database, store, full):
         key, _ = tokens[number % len(tokens)]
         for turn in range(rounds):
             name = f"{number}/{turn}"
-            store.charge(key, 5, model="a", operation_id=name)
+            store.charge(key, 5, model="a", idempotency_key=name)
             with suppress(OperationNotFound):
                 store.refund(name, 2)
-            store.reserve(key, 7, model="b", operation_id=f"{name}/r", expires_in=0.001 if turn % 2 else 600)
+            store.reserve(key, 7, model="b", idempotency_key=f"{name}/r", expires_in=0.001 if turn % 2 else 600)
             with suppress(OperationNotFound):
                 store.settle(f"{name}/r", 3)
 
@@ -165,7 +165,7 @@ def test_prune_races_with_all_else(database, store, full):
             done.set()
         assert sum(future.result() for future in pruned) > 0
     for _, token in tokens:
-        token = store.find(token.id)
+        token = store.get_by_id(token.id)
         assert token.total_granted == 10**9
         # What was pruned counts on, so that the models say the same as the total.
         assert sum(store.model_usage(token.id).values()) == token.total_used

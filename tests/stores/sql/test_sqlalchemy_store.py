@@ -162,7 +162,7 @@ def test_a_user_who_may_make_no_tables(database_url, plain_user):
     grant()
     with SQLAlchemyTokenStore(url) as store:
         with pytest.raises(StoreError, match=r"denied"):
-            store.find(1)
+            store.get_by_id(1)
         with SQLAlchemyTokenStore(database_url) as owner:
             owner.find(1)
         grant()
@@ -210,21 +210,21 @@ SIMILAR = [
 def test_texts_are_told_apart(store):
     key, token = create(store, total_available=MOST, model_limits=dict.fromkeys(SIMILAR, True))
     for number, text in enumerate(SIMILAR, 1):
-        store.charge(key, number, model=text, operation_id=text)
-    assert store.find(token.id).model_limits == token.model_limits
+        store.charge(key, number, model=text, idempotency_key=text)
+    assert store.get_by_id(token.id).model_limits == token.model_limits
     assert store.model_usage(token.id) == {text: number for number, text in enumerate(SIMILAR, 1)}
     assert {operation.id: operation.model for operation in store.history(token.id)} == {text: text for text in SIMILAR}
     for number, text in enumerate(SIMILAR, 1):
-        assert store.charge(key, number, model=text, operation_id=text).total_used == sum(range(len(SIMILAR) + 1))
+        assert store.charge(key, number, model=text, idempotency_key=text).total_used == sum(range(len(SIMILAR) + 1))
     for text in SIMILAR:
         store.refund(text)
-    assert store.find(token.id).total_used == 0
+    assert store.get_by_id(token.id).total_used == 0
 
 
 def test_a_name_may_be_any_text(store):
     for name in (*SIMILAR, "\U0001f511" * 100_000, "", "\r\n\x1a\x7f"):
         _, token = create(store, name=name)
-        assert store.find(token.id).name == name
+        assert store.get_by_id(token.id).name == name
 
 
 def test_digests_may_have_every_byte(store):
@@ -244,16 +244,16 @@ def test_digests_may_have_every_byte(store):
 def test_a_number_of_seconds_is_kept_exactly(store, seconds):
     key, token = create(store)
     store._now = lambda: 1_800_000_000.1 + 0.2
-    store.reserve(key, 1, operation_id="x", expires_in=seconds)
+    store.reserve(key, 1, idempotency_key="x", expires_in=seconds)
     (operation,) = store.history(token.id)
     assert (operation.expires_in, operation.created_at) == (seconds, store._now())
     assert operation.expires_at == store._now() + seconds
-    assert store.reserve(key, 1, operation_id="x", expires_in=seconds) == "x"
+    assert store.reserve(key, 1, idempotency_key="x", expires_in=seconds) == "x"
 
 
 def test_totals_go_as_far_as_a_column(store):
     key, token = create(store, total_available=MOST, model_limits={"m": MOST})
-    assert store.charge(key, MOST, model="m", operation_id="x").total_used == MOST
+    assert store.charge(key, MOST, model="m", idempotency_key="x").total_used == MOST
     assert store.model_usage(token.id) == {"m": MOST}
     with pytest.raises(ValueError, match="2\\*\\*63"):
         store.grant(token.id, 1)
@@ -339,7 +339,7 @@ def test_an_engine_of_the_host(database, options):
         def charge(number):
             with suppress(QuotaExceeded):
                 store.get(key)
-                store.charge(key, 1, operation_id=f"{number % 20}", model="m")
+                store.charge(key, 1, idempotency_key=f"{number % 20}", model="m")
 
         with ThreadPoolExecutor(4) as threads:
             list(threads.map(charge, range(40)))
@@ -379,7 +379,7 @@ def test_no_error_shows_a_secret(database, store):
             "RENAME COLUMN other TO name",
             [
                 lambda s: s.get(key),
-                lambda s: s.charge(key, 7, operation_id="x"),
+                lambda s: s.charge(key, 7, idempotency_key="x"),
                 lambda s: s.create(key=BROUGHT),
             ],
         ),

@@ -28,9 +28,9 @@ def ledger(tmp_path_factory):
     with open_store(path, now=NOW - AN_HOUR) as store:
         for key in ("one", "two", "three"):
             store.create(key=key, total_available=1000, model_limits={"gpt-4o": 500, "free": True})
-        store.charge("one", 100, model="gpt-4o", operation_id="charge")
-        store.reserve("one", 200, model="gpt-4o", operation_id="open", expires_in=2 * AN_HOUR)
-        store.reserve("two", 900, model="free", operation_id="lapsed", expires_in=AN_HOUR / 2)
+        store.charge("one", 100, model="gpt-4o", idempotency_key="charge")
+        store.reserve("one", 200, model="gpt-4o", idempotency_key="open", expires_in=2 * AN_HOUR)
+        store.reserve("two", 900, model="free", idempotency_key="lapsed", expires_in=AN_HOUR / 2)
         store.refund("charge", 10)
         store.delete(3)
     return path

@@ -113,7 +113,7 @@ def test_a_database_that_may_not_grow(tmp_path, monkeypatch, full):
                 with pytest.raises(StoreError, match="full"):  # noqa: PT012 - some charges still fit
                     for _ in range(100):
                         before = content(path)
-                        store.charge("key", 1, model=f"model {charges}", operation_id=f"{charges} {'x' * 200}")
+                        store.charge("key", 1, model=f"model {charges}", idempotency_key=f"{charges} {'x' * 200}")
                         charges += 1
                 assert content(path) == before
             assert store.get("key").total_used == charges

@@ -256,7 +256,7 @@ def test_a_damaged_row_is_one_token_less(path, store, damage):
     sql(path, f"UPDATE tokens SET {damage} WHERE id = {token.id}")
     for use in (
         lambda: store.get(key),
-        lambda: store.find(token.id),
+        lambda: store.get_by_id(token.id),
         lambda: list(store.tokens()),
         lambda: store.update(token.id, name="x"),
     ):

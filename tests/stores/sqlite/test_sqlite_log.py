@@ -33,11 +33,11 @@ def some_of_everything(store, rounds):
         key, token = store.create(total_available=1000, model_limits={"gpt-4o": 500, "free": True})
         key = strip_prefix(key)
         yield
-        store.charge(key, 100, model="gpt-4o", operation_id=f"charge {number}")
+        store.charge(key, 100, model="gpt-4o", idempotency_key=f"charge {number}")
         yield
-        store.reserve(key, 200, model="gpt-4o", operation_id=f"reserve {number}")
+        store.reserve(key, 200, model="gpt-4o", idempotency_key=f"reserve {number}")
         yield
-        store.reserve(key, 300, model="free", operation_id=f"lapses {number}", expires_in=1e-9)
+        store.reserve(key, 300, model="free", idempotency_key=f"lapses {number}", expires_in=1e-9)
         yield
         store.refund(f"charge {number}", 40)
         yield

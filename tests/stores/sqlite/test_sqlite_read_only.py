@@ -12,7 +12,7 @@ from usage_middleware import SQLiteTokenStore, StoreError
 def test_a_read_only_store_reads_and_never_writes(path, store):
     key, token = create(store)
     with SQLiteTokenStore(path, read_only=True) as reader:
-        assert reader.get(key) == reader.find(token.id) == token
+        assert reader.get(key) == reader.get_by_id(token.id) == token
         assert list(reader.tokens()) == [token]
         assert status(reader, key) == 200
         for use in (

@@ -188,7 +188,7 @@ def test_a_database_that_is_current_is_not_written_when_it_is_read(path):
         key, token = create(store)
     before = content(path), path.stat().st_mtime_ns
     with SQLiteTokenStore(path) as store:
-        assert store.get(key) == store.find(token.id) == token
+        assert store.get(key) == store.get_by_id(token.id) == token
         assert list(store.tokens()) == [token]
         # Not the log either.
         assert os.path.getsize(f"{path}-wal") == 0

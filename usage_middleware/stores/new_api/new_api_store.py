@@ -39,7 +39,8 @@ from ...errors import DamagedToken, StoreError
 from ...keys import KEY_PATTERN, key_digest, key_hint
 from ...tokens import Token, TokenRecord
 from ..sql.database import POSTGRESQL, Database
-from ..sql.sql_schema import MYSQL, schema
+from ..sql.sql_migrations import VERSION_TABLE
+from ..sql.sql_schema import MYSQL
 from ..sqlite import reading
 from ..sqlite.reading import Reader
 from ..sqlite.sqlite_url import sqlite_path
@@ -227,7 +228,7 @@ def is_new_api(url: str) -> bool:
     """Whether the database of a server's URL is one of new-api, and has no tables of ours."""
 
     def look(connection: Connection) -> bool:
-        return _make_queries(connection) is not None and not inspect(connection).has_table(schema.name)
+        return _make_queries(connection) is not None and not inspect(connection).has_table(VERSION_TABLE)
 
     database = Database(url, (*POSTGRESQL, *MYSQL))
     try:

@@ -1,6 +1,7 @@
-"""The tables of a :class:`~usage_middleware.SQLAlchemyTokenStore`, and how a database comes by them.
+"""The tables of a :class:`~usage_middleware.SQLAlchemyTokenStore`, as its statements use them.
 
-Their names begin with ``usage_``, as they stand among the tables of a service that has its own.
+Their names begin with ``usage_``, as they stand among the tables of a service that has its own. What makes them is in
+:mod:`.sql_migrations`.
 """
 
 from __future__ import annotations
@@ -11,38 +12,23 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
-    Connection,
+    Date,
     Double,
-    Index,
-    Integer,
     LargeBinary,
     MetaData,
     String,
     Table,
     Text,
-    inspect,
-    select,
-    text,
 )
 from sqlalchemy.dialects import mysql
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from ...keys import HINT_LENGTH
-from ...operations import ID_MAX_LENGTH
+from ...checks import TEXT_MAX_LENGTH
 
 MYSQL: Final = ("mysql", "mariadb")
-VERSION: Final = 1
 
 _UTF8_MAX_BYTES: Final = 4  # of one character
-# Any number that is ours alone: PostgreSQL's advisory locks are told apart by a number (its manual, 13.3.5).
-_LOCK_NUMBER: Final = 7_216_885_309_340_021
-_LOCK_NAME: Final = "usage_middleware"
-_LOCK_SECONDS: Final = 60
-
-
-class WrongTables(Exception):
-    """The database cannot be used; the message goes on after its name."""
 
 
 class _Identifier(TypeDecorator[str]):
@@ -56,8 +42,8 @@ class _Identifier(TypeDecorator[str]):
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         if dialect.name in MYSQL:
-            return dialect.type_descriptor(mysql.VARBINARY(ID_MAX_LENGTH * _UTF8_MAX_BYTES))
-        return dialect.type_descriptor(String(ID_MAX_LENGTH))
+            return dialect.type_descriptor(mysql.VARBINARY(TEXT_MAX_LENGTH * _UTF8_MAX_BYTES))
+        return dialect.type_descriptor(String(TEXT_MAX_LENGTH))
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> Any:
         return value.encode() if value is not None and dialect.name in MYSQL else value
@@ -66,112 +52,78 @@ class _Identifier(TypeDecorator[str]):
         return bytes(value).decode() if value is not None and dialect.name in MYSQL else value
 
 
-def _table(name: str, *columns: Column[Any]) -> Table:
-    options: dict[str, Any] = {f"{dialect}_{k}": value for dialect in MYSQL for k, value in _MYSQL_OPTIONS.items()}
-    return Table(name, _metadata, *columns, **options)
-
-
-_MYSQL_OPTIONS: Final = {"engine": "InnoDB", "charset": "utf8mb4", "collate": "utf8mb4_bin"}
 _Digest: Final = LargeBinary(32).with_variant(mysql.BINARY(32), *MYSQL)
-_LongText: Final = Text().with_variant(mysql.LONGTEXT(), *MYSQL)
 
 _metadata = MetaData()
 
-schema = _table("usage_schema", Column("version", Integer, primary_key=True, autoincrement=False))
-
-tokens = _table(
+tokens = Table(
     "usage_tokens",
+    _metadata,
     Column("id", BigInteger, primary_key=True),
-    Column("hint", String(HINT_LENGTH), nullable=False),
-    Column("name", _LongText, nullable=False),
-    Column("total_available", BigInteger, nullable=False),
-    Column("total_used", BigInteger, nullable=False),
-    Column("unlimited_quota", Boolean, nullable=False),
-    Column("model_limits", _LongText, nullable=False),
-    Column("model_limits_enabled", Boolean, nullable=False),
-    Column("expires_at", BigInteger, nullable=False),
-    Column("enabled", Boolean, nullable=False),
-    Column("created_at", BigInteger, nullable=False),
-    Column("digest", _Digest, nullable=False, unique=True),
+    Column("hint", Text),
+    Column("name", Text),
+    Column("total_available", BigInteger),
+    Column("total_used", BigInteger),
+    Column("unlimited_quota", Boolean),
+    Column("model_limits", Text),
+    Column("model_limits_enabled", Boolean),
+    Column("expires_at", BigInteger),
+    Column("enabled", Boolean),
+    Column("created_at", BigInteger),
+    Column("renewal", Text),
+    Column("renewal_quota", BigInteger),
+    Column("renews_at", BigInteger),
+    Column("held", BigInteger),
+    Column("digest", _Digest),
 )
 
 # The digests of deleted and rotated keys, so that none of them can return.
-retired_keys = _table("usage_retired_keys", Column("digest", _Digest, primary_key=True))
+retired_keys = Table("usage_retired_keys", _metadata, Column("digest", _Digest, primary_key=True))
 
-operations = _table(
+operations = Table(
     "usage_operations",
+    _metadata,
     Column("number", BigInteger, primary_key=True),
-    Column("id", _Identifier, nullable=False, unique=True),
-    Column("token_id", BigInteger, nullable=False),
-    Column("kind", String(7), nullable=False),
+    Column("id", _Identifier),
+    Column("token_id", BigInteger),
+    Column("kind", Text),
     Column("amount", BigInteger),
+    Column("idempotency_key", _Identifier),
     Column("model", _Identifier),
-    Column("held", BigInteger, nullable=False),
-    Column("unlimited", Boolean, nullable=False),
+    Column("held", BigInteger),
+    Column("unlimited", Boolean),
+    Column("at_least", BigInteger),
     Column("expires_in", Double),
     Column("expires_at", Double),
     Column("final_amount", BigInteger),
+    Column("input_tokens", BigInteger),
+    Column("output_tokens", BigInteger),
     Column("refund_of", _Identifier),
-    Column("created_at", Double, nullable=False),
-    Column("changed_at", Double, nullable=False),
+    Column("created_at", Double),
+    Column("changed_at", Double),
     # Its expires_at while it is open and holds units, so that an index finds what has lapsed and nothing else: not
     # every database has an index with a condition.
     Column("lapses_at", Double),
 )
-Index("usage_operations_of_token", operations.c.token_id, operations.c.number)
-_lapsing = operations.c.lapses_at.is_not(None)
-Index("usage_lapsing_of_token", operations.c.token_id, operations.c.lapses_at, postgresql_where=_lapsing)
-Index("usage_lapsing", operations.c.lapses_at, postgresql_where=_lapsing)
 
-model_usage = _table(
+model_usage = Table(
     "usage_models",
-    Column("token_id", BigInteger, primary_key=True, autoincrement=False),
+    _metadata,
+    Column("token_id", BigInteger, primary_key=True),
     Column("model", _Identifier, primary_key=True),
-    Column("used", BigInteger, nullable=False),
+    Column("used", BigInteger),
 )
 
+usage_by_day = Table(
+    "usage_days",
+    _metadata,
+    Column("token_id", BigInteger, primary_key=True),
+    Column("day", Date, primary_key=True),
+    Column("model", _Identifier, primary_key=True),
+    Column("used", BigInteger),
+    Column("requests", BigInteger),
+    Column("input_tokens", BigInteger),
+    Column("output_tokens", BigInteger),
+)
 
-def is_current(connection: Connection) -> bool:
-    """Whether the database has every table in its newest form. Reads only.
-
-    :raises WrongTables: the database was made by a newer version, or by something else; without its name.
-    """
-    there = set(inspect(connection).get_table_names())
-    if schema.name not in there:
-        for name in sorted(there & _metadata.tables.keys()):
-            raise WrongTables(f"has a table {name!r} that usage-middleware did not make; choose another database")
-        return False
-    version: int = connection.execute(select(schema.c.version)).scalar() or 0
-    if version > VERSION:
-        raise WrongTables(f"was made by a newer usage-middleware (its tables have version {version}); update this one")
-    return version == VERSION
-
-
-def create(connection: Connection) -> None:
-    """Makes the tables, however many processes start at once. Commits.
-
-    MySQL commits each statement by itself, so the version is what says that all is there, and comes last.
-    """
-    if connection.dialect.name in MYSQL:
-        parameters = {"name": _LOCK_NAME, "seconds": _LOCK_SECONDS}
-        if not connection.execute(text("SELECT GET_LOCK(:name, :seconds)"), parameters).scalar():
-            raise WrongTables(f"is being prepared by another process for more than {_LOCK_SECONDS} s")
-        try:
-            _create(connection)
-        finally:
-            connection.execute(text("SELECT RELEASE_LOCK(:name)"), {"name": _LOCK_NAME})
-    else:
-        connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": _LOCK_NUMBER})
-        _create(connection)
-
-
-def _create(connection: Connection) -> None:
-    if not is_current(connection):
-        schema.create(connection, checkfirst=True)
-        _metadata.create_all(connection, checkfirst=True)
-        # It makes the indexes of those tables alone that were not there: a process may have died behind one of them.
-        for table in _metadata.sorted_tables:
-            for index in table.indexes:
-                index.create(connection, checkfirst=True)
-        connection.execute(schema.insert().values(version=VERSION))
-        connection.commit()
+TABLES: Final = frozenset(_metadata.tables)

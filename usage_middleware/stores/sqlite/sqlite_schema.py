@@ -1,21 +1,24 @@
-"""The tables of a :class:`~usage_middleware.SQLiteTokenStore`, and how a database comes by them.
+"""Table definitions of a :class:`~usage_middleware.SQLiteTokenStore`, and their migrations.
 
-Each migration is a step that some released version may have taken, so it is never edited, only followed by another.
-sqlite-utils records in the database itself which have been applied.
+Each step is one that a database may have gone through, so it is never edited, only followed by another.
 """
 
 from __future__ import annotations
 
 import sqlite3
 
-from sqlite_utils import Database, Migrations
+from sqlite_utils import Database
 
-from ...errors import StoreError
+from ..migrations import Schema, WrongTables
+
+_TABLES = ("tokens", "retired_keys", "operations", "model_usage", "usage_by_day")
+# Where version 1 recorded itself, by sqlite-utils, which numbers no steps.
+_FIRST_RECORD = "_sqlite_migrations"
 
 
-def tokens(db: Database) -> None:
+def _first(connection: sqlite3.Connection) -> None:
     # AUTOINCREMENT: the id of a deleted token is never given again (sqlite.org/autoinc.html).
-    db.execute(
+    connection.execute(
         """
         CREATE TABLE tokens (
             id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -34,11 +37,8 @@ def tokens(db: Database) -> None:
         """
     )
     # The digests of deleted and rotated keys, so that none of them can return.
-    db.execute("CREATE TABLE retired_keys (digest BLOB PRIMARY KEY) STRICT, WITHOUT ROWID")
-
-
-def operations(db: Database) -> None:
-    db.execute(
+    connection.execute("CREATE TABLE retired_keys (digest BLOB PRIMARY KEY) STRICT, WITHOUT ROWID")
+    connection.execute(
         """
         CREATE TABLE operations (
             number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -58,11 +58,11 @@ def operations(db: Database) -> None:
         ) STRICT
         """
     )
-    db.execute("CREATE INDEX operations_of_token ON operations (token_id, number)")
-    db.execute(
+    connection.execute("CREATE INDEX operations_of_token ON operations (token_id, number)")
+    connection.execute(
         "CREATE INDEX open_reservations ON operations (token_id, expires_at) WHERE final_amount IS NULL AND held > 0"
     )
-    db.execute(
+    connection.execute(
         """
         CREATE TABLE model_usage (
             token_id INTEGER NOT NULL,
@@ -74,42 +74,153 @@ def operations(db: Database) -> None:
     )
 
 
-_STEPS = (tokens, operations)
-_NAMES = ("tokens", "retired_keys", "operations", "model_usage")
-_migrations = Migrations("usage_middleware")
-for _step in _STEPS:
-    _migrations()(_step)
+def _renewal_and_days(connection: sqlite3.Connection) -> None:
+    """Add renewal, what is held, usage by day, and idempotency keys that belong to a token.
 
-
-def is_current(connection: sqlite3.Connection) -> bool:
-    """Whether the database has every table in its newest form. Reads only.
-
-    :param connection: has a transaction open, as it takes two reads, and another process may migrate between them.
-    :raises StoreError: the database was made by a newer version, or by something else; without the file's name.
+    Earlier operations had one id, the caller's or the store's own: it becomes their idempotency key too, so that a
+    call that was made before the upgrade and is repeated after it is still found. Their usage is booked by day as far
+    as they are not pruned, or a refund of one of them would make its day negative.
     """
-    db = _database(connection)
-    applied = {migration.name for migration in _migrations.applied(db)}
-    unknown = applied - {step.__name__ for step in _STEPS}
-    if unknown:
-        raise StoreError(
-            f"was made by a newer version of usage-middleware (it has {', '.join(sorted(unknown))}); update this one"
-        )
-    if not applied:
-        for (name,) in db.execute("SELECT name FROM sqlite_master").fetchall():
-            if name.lower() in _NAMES:
-                raise StoreError(f"has a table {name!r} that usage-middleware did not make; choose another file")
-    return len(applied) == len(_STEPS)
+    for column in (
+        "renewal TEXT NOT NULL DEFAULT '' CHECK (renewal IN ('', 'daily', 'weekly', 'monthly'))",
+        "renewal_quota INTEGER NOT NULL DEFAULT 0",
+        "renews_at INTEGER NOT NULL DEFAULT 0",
+        "held INTEGER NOT NULL DEFAULT 0",
+    ):
+        connection.execute(f"ALTER TABLE tokens ADD COLUMN {column}")
+    # SQLite cannot change a CHECK, so the table is made again (sqlite.org/lang_altertable.html, section 7).
+    connection.execute("ALTER TABLE operations RENAME TO operations_of_version_1")
+    connection.execute("DROP INDEX operations_of_token")
+    connection.execute("DROP INDEX open_reservations")
+    connection.execute(
+        """
+        CREATE TABLE operations (
+            number INTEGER PRIMARY KEY AUTOINCREMENT,
+            id TEXT NOT NULL UNIQUE,
+            token_id INTEGER NOT NULL,
+            kind TEXT NOT NULL CHECK (kind IN ('charge', 'reserve', 'refund', 'grant', 'renewal')),
+            amount INTEGER,
+            idempotency_key TEXT,
+            model TEXT,
+            held INTEGER NOT NULL CHECK (held >= 0),
+            unlimited INTEGER NOT NULL CHECK (unlimited IN (0, 1)),
+            at_least INTEGER,
+            expires_in REAL,
+            expires_at REAL,
+            final_amount INTEGER,
+            input_tokens INTEGER NOT NULL DEFAULT 0,
+            output_tokens INTEGER NOT NULL DEFAULT 0,
+            refund_of TEXT,
+            created_at REAL NOT NULL,
+            changed_at REAL NOT NULL
+        ) STRICT
+        """
+    )
+    connection.execute(
+        """
+        INSERT INTO operations (number, id, token_id, kind, amount, idempotency_key, model, held, unlimited,
+            expires_in, expires_at, final_amount, refund_of, created_at, changed_at)
+        SELECT number, id, token_id, kind, amount, id, model, held, unlimited,
+            expires_in, expires_at, final_amount, refund_of, created_at, changed_at
+        FROM operations_of_version_1 ORDER BY number
+        """
+    )
+    # A number that was given is never given again, even if its operation was pruned.
+    connection.execute(
+        "UPDATE sqlite_sequence SET seq = (SELECT max(seq) FROM sqlite_sequence"
+        " WHERE name IN ('operations', 'operations_of_version_1')) WHERE name = 'operations'"
+    )
+    connection.execute(
+        "INSERT INTO sqlite_sequence (name, seq) SELECT 'operations', seq FROM sqlite_sequence"
+        " WHERE name = 'operations_of_version_1' AND NOT EXISTS"
+        " (SELECT 1 FROM sqlite_sequence WHERE name = 'operations')"
+    )
+    connection.execute("DROP TABLE operations_of_version_1")
+    # Version 1 left what open reservations of deleted tokens held; nothing can give it back.
+    connection.execute(
+        "UPDATE operations SET held = 0 WHERE final_amount IS NULL AND held > 0 AND token_id NOT IN"
+        " (SELECT id FROM tokens)"
+    )
+    connection.execute("CREATE INDEX operations_of_token ON operations (token_id, number)")
+    connection.execute(
+        "CREATE UNIQUE INDEX operations_of_key ON operations (token_id, idempotency_key)"
+        " WHERE idempotency_key IS NOT NULL"
+    )
+    connection.execute(
+        "CREATE INDEX open_reservations ON operations (token_id, expires_at) WHERE final_amount IS NULL AND held > 0"
+    )
+    connection.execute(
+        "UPDATE tokens SET held = (SELECT coalesce(sum(held), 0) FROM operations"
+        " WHERE token_id = tokens.id AND final_amount IS NULL AND operations.held > 0)"
+    )
+    connection.execute(
+        """
+        CREATE TABLE usage_by_day (
+            token_id INTEGER NOT NULL,
+            day TEXT NOT NULL,
+            model TEXT NOT NULL,
+            used INTEGER NOT NULL,
+            requests INTEGER NOT NULL,
+            input_tokens INTEGER NOT NULL,
+            output_tokens INTEGER NOT NULL,
+            PRIMARY KEY (token_id, day, model)
+        ) STRICT, WITHOUT ROWID
+        """
+    )
+    connection.execute(
+        """
+        INSERT INTO usage_by_day
+        SELECT token_id, date(created_at, 'unixepoch'), coalesce(model, ''), sum(held), count(*), 0, 0
+        FROM operations WHERE kind IN ('charge', 'reserve') AND token_id IN (SELECT id FROM tokens)
+        GROUP BY 1, 2, 3
+        """
+    )
+    connection.execute("CREATE TABLE usage_schema (version INTEGER NOT NULL) STRICT")
+    connection.execute("INSERT INTO usage_schema VALUES (1)")
+    # Without its record, an earlier version refuses the file, where it would write it wrong.
+    if _FIRST_RECORD in _database(connection).table_names():
+        connection.execute(f"DELETE FROM {_FIRST_RECORD} WHERE migration_set = 'usage_middleware'")
 
 
-def migrate(connection: sqlite3.Connection) -> None:
-    """Brings the database to the newest schema, whole or not at all, however many processes start at once."""
-    connection.execute("BEGIN IMMEDIATE")
-    # Another process may have been first; inside of the transaction nobody is any more.
-    if not is_current(connection):
-        # sqlite-utils begins a deferred transaction of its own, but not where one is open: then it makes savepoints.
-        _migrations.apply(_database(connection))
-    connection.execute("COMMIT")
+def _version(connection: sqlite3.Connection) -> int:
+    tables = _database(connection).table_names()
+    if "usage_schema" in tables:
+        row = connection.execute("SELECT max(version) FROM usage_schema").fetchone()
+        return int(row[0] or 0)
+    if _FIRST_RECORD in tables:
+        query = f"SELECT count(*) FROM {_FIRST_RECORD} WHERE migration_set = 'usage_middleware'"
+        if connection.execute(query).fetchone()[0]:
+            return 1
+    for name in tables:
+        if name.lower() in _TABLES:
+            raise WrongTables(f"has a table {name!r} that usage-middleware did not make; choose another file")
+    return 0
+
+
+def _record(connection: sqlite3.Connection, version: int) -> None:
+    if version > 1:  # The first version had no table for it, and every database goes on to the second.
+        connection.execute("UPDATE usage_schema SET version = ?", (version,))
 
 
 def _database(connection: sqlite3.Connection) -> Database:
     return Database(connection, recursive_triggers=False, execute_plugins=False)
+
+
+SCHEMA: Schema[sqlite3.Connection] = Schema(steps=(_first, _renewal_and_days), version=_version, record=_record)
+
+
+def is_current(connection: sqlite3.Connection) -> bool:
+    """Return whether the database has every table in its newest form. Reads only.
+
+    :param connection: has a transaction open, as it takes two reads, and another process may migrate between them.
+    :raises WrongTables: the database was made by a newer version, or by something else.
+    """
+    return SCHEMA.is_current(connection)
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Bring the database to the newest version, whole or not at all, however many processes start at once."""
+    connection.execute("BEGIN IMMEDIATE")
+    # Another process may have been first; inside of the transaction none is any more.
+    SCHEMA.upgrade(connection)
+    connection.execute("COMMIT")

@@ -1,0 +1,125 @@
+"""What a store tells of the past, and how it forgets: operations, usage by model and by day, and pruning."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import date
+from typing import Final
+
+from .. import operations as rules
+from ..accounts import Lookup
+from ..checks import MAX_INTEGER, can_exist, check_text, check_time
+from ..keys import key_digest
+from ..operations import Operation
+from ..usage import DayUsage
+from .hooks import MOST_LAPSED, StoreHooks, new_id
+from .transaction import Transaction
+
+_PAGE_SIZE: Final = 1000
+_FOREVER: Final = sys.float_info.max  # MySQL has no infinity
+
+
+class History(StoreHooks):
+    """Operations and usage, by token id."""
+
+    def operation(self, operation_id: str) -> Operation | None:
+        """Return the operation of that id, or ``None`` if there is none, or it was pruned."""
+        check_text("operation_id", operation_id)
+        return self._operation(operation_id)
+
+    def find_operation(self, key: str, idempotency_key: str) -> Operation | None:
+        """Return the operation that the key's token has under an idempotency key, or ``None``.
+
+        A host asks before it does work again that it has done already.
+        """
+        check_text("idempotency_key", idempotency_key)
+        found = self._find_operation(key_digest(key), idempotency_key)
+        return found and dataclasses.replace(found, replayed=True)
+
+    def history(self, token_id: int, *, since: float | None = None, until: float | None = None) -> Iterator[Operation]:
+        """Yield the operations of a token that are not pruned, the newest first, read page by page.
+
+        What a reservation, a refund, a grant or a renewal came to is its ``final_amount``, what a charge still holds
+        after refunds its ``held``.
+
+        :param since: Unix time: only operations made then or later.
+        :param until: Unix time: only operations made before.
+        """
+        for what, moment in (("since", since), ("until", until)):
+            if moment is not None:
+                check_time(what, moment)
+        begin = -_FOREVER if since is None else since
+        end = _FOREVER if until is None else until
+        return self._pages_of_history(token_id, begin, end) if can_exist(token_id) else iter(())
+
+    def _pages_of_history(self, token_id: int, since: float, until: float) -> Iterator[Operation]:
+        before = MAX_INTEGER
+        while page := self._history(token_id, since, until, before, _PAGE_SIZE):
+            yield from page
+            before = page[-1].number
+
+    def model_usage(self, token_id: int) -> dict[str, int]:
+        """Return the quota units that each model has used of a token; charges that named no model are left out."""
+        usage = self._model_usage(token_id, token_id) if can_exist(token_id) else ()
+        return {model: used for _, model, used in usage}
+
+    def usage_by_day(self, token_id: int, first_day: date, last_day: date) -> Sequence[DayUsage]:
+        """Return what a token used on each UTC day from one to another, both included, by day and then model.
+
+        Days and models on which nothing happened are left out. All days of a token add up to its ``total_used``,
+        unless it was imported, or moved forward from a version that did not count by day, after it had been used.
+        """
+        for what, day in (("first_day", first_day), ("last_day", last_day)):
+            # A datetime is a date, and is not a day.
+            if type(day) is not date:
+                raise TypeError(f"{what} must be a datetime.date, got {type(day).__name__}")
+        found = self._usage_by_day(token_id, token_id, first_day, last_day) if can_exist(token_id) else ()
+        return [usage for _, usage in found]
+
+    def open_reservations(self) -> Iterator[Operation]:
+        """Yield the reservations that are not settled and hold units, lapsed or not, the oldest first, page by page."""
+        after = 0
+        while page := self._open_reservations(after, _PAGE_SIZE):
+            yield from page
+            after = page[-1].number
+
+    def prune(self, before: float) -> int:
+        """Forget operations that were finished before a time, and reservations that lapsed before it.
+
+        A call that repeats a forgotten operation is a new one, and a forgotten one cannot be refunded any more: prune
+        what is older than any retry. No total changes, except that lapsed reservations are released, and usage by day
+        stays.
+
+        :param before: Unix time in seconds.
+        :return: how many operations were forgotten.
+        :raises TypeError, ValueError: ``before`` is not a time.
+        """
+        check_time("before", before)
+        lapsed_before = min(before, self._now())
+        while token_ids := self._transact(lambda transaction: transaction.lapsed_tokens(lapsed_before, _PAGE_SIZE)):
+            for token_id in token_ids:
+                self._release_lapsed(token_id, lapsed_before)
+        forgotten = 0
+        # A transaction for each page, so that charges need not wait for all of them.
+        while count := self._transact(lambda transaction: transaction.forget(before, lapsed_before, _PAGE_SIZE)):
+            forgotten += count
+        return forgotten
+
+    def count_finished(self, before: float) -> int:
+        """Return how many operations :meth:`prune` would forget."""
+        check_time("before", before)
+        return self._count_finished(before, min(before, self._now()))
+
+    def _release_lapsed(self, token_id: int, before: float) -> None:
+        renewal_id = new_id()
+
+        def work(transaction: Transaction) -> None:
+            account = transaction.load(Lookup(token_id=token_id, now=before, most_lapsed=MOST_LAPSED))
+            if account is not None:  # It may have been deleted meanwhile, and its reservations hold nothing then.
+                _, due = rules.bring_up_to_date(account, self._now(), renewal_id=renewal_id)
+                if due is not None:
+                    transaction.save(due)
+
+        self._transact(work)

@@ -1,0 +1,107 @@
+"""What a store brings: the hooks on which :class:`~usage_middleware.QuotaStore` is built.
+
+A store locks, loads, saves and commits, and knows no rule. Each hook may raise
+:class:`~usage_middleware.StoreError` if the database fails, and lets no other exception of a driver through.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from datetime import date
+from typing import Final, TypeVar
+
+from ..operations import Operation
+from ..tokens import Token
+from ..usage import DayUsage
+from .findings import Finding
+from .transaction import Transaction
+
+# How many lapsed reservations one transaction releases. A release is kept even if the charge is then refused, and other
+# tokens' charges come in between, so that many of them delay nothing but the call that needs their units.
+MOST_LAPSED: Final = 200
+
+_Result = TypeVar("_Result")
+
+
+class StoreHooks(ABC):
+    """The methods that a store implements."""
+
+    #: Returns Unix time. A store sets it from its argument ``clock``.
+    _clock: Callable[[], float] = staticmethod(time.time)
+
+    @abstractmethod
+    def _transact(self, work: Callable[[Transaction], _Result]) -> _Result:
+        """Return what ``work`` returns, when all that it did in a transaction is committed; what it raises undoes it.
+
+        It has no effect beyond the transaction, as a database may ask for a transaction to be begun again.
+        """
+
+    @abstractmethod
+    def _get(self, digest: bytes) -> Token | None:
+        """Return the token of that digest: the request path, one look-up by index."""
+
+    @abstractmethod
+    def _get_by_id(self, token_id: int) -> Token | None:
+        """Return the token of that id."""
+
+    @abstractmethod
+    def _page(self, after: int, size: int) -> Sequence[tuple[Token, bytes]]:
+        """Return up to ``size`` tokens with an id greater than ``after``, by id, each with its digest."""
+
+    @abstractmethod
+    def _operation(self, operation_id: str) -> Operation | None:
+        """Return the operation of that id."""
+
+    @abstractmethod
+    def _find_operation(self, digest: bytes, idempotency_key: str) -> Operation | None:
+        """Return the operation of that idempotency key, of the token of that digest."""
+
+    @abstractmethod
+    def _history(self, token_id: int, since: float, until: float, before: int, size: int) -> Sequence[Operation]:
+        """Return up to ``size`` operations of a token that were made from ``since`` on and before ``until``, with a
+        ``number`` smaller than ``before``, the greatest first.."""
+
+    @abstractmethod
+    def _open_reservations(self, after: int, size: int) -> Sequence[Operation]:
+        """Return up to ``size`` open reservations that hold units, with a ``number`` greater than ``after``, by it."""
+
+    @abstractmethod
+    def _count_finished(self, before: float, lapsed_before: float) -> int:
+        """Return how many operations are finished (:meth:`.Operation.is_finished`), or will be when what has lapsed by
+        ``lapsed_before`` is released."""
+
+    @abstractmethod
+    def _model_usage(self, first_id: int, last_id: int) -> Sequence[tuple[int, str, int]]:
+        """Return a token id, a model, and the units that it has used, for each model of the tokens in a range."""
+
+    @abstractmethod
+    def _usage_by_day(
+        self, first_id: int, last_id: int, first_day: date, last_day: date
+    ) -> Sequence[tuple[int, DayUsage]]:
+        """Return a token id and its usage, for each day and model of the tokens in a range, by token, day and model."""
+
+    @abstractmethod
+    def taken(self, digests: Sequence[bytes]) -> set[bytes]:
+        """Return those of ``digests`` that a token has here, or had: what :meth:`.QuotaStore.restore` leaves alone."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release what the store holds. Closing twice is fine, using a closed store is a :class:`StoreError`."""
+
+    def health(self) -> Iterator[Finding]:
+        """Yield what is well with the database, and what is not. Changes nothing."""
+        return iter(())
+
+    def _now(self) -> float:
+        return self._clock()
+
+
+def new_id() -> str:
+    """Return an id for an operation.
+
+    It is made before the transaction, which a store may begin again: the operation is the same one each time.
+    """
+    return uuid.uuid4().hex
