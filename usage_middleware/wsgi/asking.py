@@ -1,0 +1,84 @@
+"""Having an OpenAI-compatible service state the usage of a stream, without the client noticing.
+
+A stream has its usage only if ``stream_options.include_usage`` asks for it, in an event whose ``choices`` are empty.
+Clients that have not asked do not expect that event: many read ``choices[0]``.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Final
+
+from .figures import Figures
+from .request_body import request_body
+from .streams import MOST_EVENT, EventStream
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+# Bytes of an event, comments among them, beyond which it is passed on as it comes.
+_MOST_HELD: Final = 2 * MOST_EVENT
+
+
+def ask_for_usage(environ: WSGIEnvironment) -> bool:
+    """Set ``stream_options.include_usage`` in a request for a stream, unless the client has set it.
+
+    :return: whether it was set, so that the event with the usage must be taken out again.
+    """
+    body = request_body(environ)
+    stream = body.members.get("stream")
+    if stream is None or stream.value is not True:
+        return False
+    # Responses and messages always state their usage, and refuse an option that they do not know.
+    if "input" in body.members or "HTTP_ANTHROPIC_VERSION" in environ:
+        return False
+    if environ.get("PATH_INFO", "").endswith("/messages"):
+        return False
+    member = body.members.get("stream_options")
+    options = None if member is None else member.value
+    if options is None:
+        options = {}
+    if not isinstance(options, dict) or options.get("include_usage") is True:
+        return False
+    body.set("stream_options", json.dumps({**options, "include_usage": True}))
+    environ["HTTP_ACCEPT_ENCODING"] = "identity"  # nothing is taken out of what is compressed
+    return True
+
+
+class UsageFilter:
+    """Passes the events of a stream on, without the one that holds nothing but the usage.
+
+    An event is passed on when its end has come. That delays none: a client cannot use half of one.
+    """
+
+    def __init__(self, stream: EventStream, figures: Figures) -> None:
+        self._stream = stream
+        self._figures = figures
+        self._held = bytearray()  # what has come of the event whose end has not
+        self._is_passed_on = False  # whether it is too large to be held
+
+    def pass_on(self, data: bytes) -> bytes:
+        """Read a chunk, and return what can be passed on by now."""
+        stream, held = self._stream, self._held
+        if not held and stream.can_skip(data):
+            return data
+        out = bytearray()
+        for line in data.splitlines(keepends=True):
+            held += line
+            extra = self._figures.extra_events
+            stream.feed(line)
+            if self._figures.extra_events > extra and not self._is_passed_on:
+                held.clear()
+            elif stream.is_between_events or self._is_passed_on or len(held) > _MOST_HELD:
+                self._is_passed_on = not stream.is_between_events
+                out += held
+                held.clear()
+        return bytes(out)
+
+    def rest(self) -> bytes:
+        """Read what came last, and return what is left to be passed on."""
+        extra = self._figures.extra_events
+        self._stream.end()
+        rest = b"" if self._figures.extra_events > extra else bytes(self._held)
+        self._held.clear()
+        return rest

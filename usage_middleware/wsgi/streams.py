@@ -1,0 +1,257 @@
+"""Reading answers while they pass: event streams and JSON bodies, plain or compressed by gzip.
+
+A reader is fed each chunk as it comes. It keeps what it still needs, within a bound, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from .figures import Figures
+
+#: Bytes. A line of an event stream, and the data of one event, beyond which neither is read.
+MOST_EVENT: Final = 2**20
+#: Bytes. The body beyond which JSON is not read.
+MOST_JSON: Final = 16 * 2**20
+# Values in one JSON text. Each takes some 60 bytes once it is parsed, so text alone does not bound memory.
+_MOST_VALUES: Final = 2**20
+# Decompressed bytes: at a time, and beyond which a ratio that no text has ends the reading (deflate reaches 1032).
+_PIECE: Final = 2**16
+_MOST_UNCHECKED: Final = 16 * 2**20
+_MOST_RATIO: Final = 100
+
+_RESPONSE_ENDS: Final = (b"response.completed", b"response.incomplete", b"response.failed")
+# JSON may escape any character: these begin letters and the two other characters of the names that matter.
+_ESCAPES: Final = (b"\\u006", b"\\u007", b"\\u002e", b"\\u002E", b"\\u005f", b"\\u005F")
+
+_LF: Final = 10
+_CR: Final = 13
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+
+
+def parse_json(text: bytes | bytearray) -> Any:
+    """Return the value of a JSON text that may come from anywhere.
+
+    :raises ValueError: it is not JSON, is nested too deeply, or has too many values.
+    """
+    # JSON separates values by commas. Those within strings count too, but text has far fewer of them than bytes.
+    if text.count(b",") + text.count(b"[") + text.count(b"{") > _MOST_VALUES:
+        raise ValueError("too many values in one JSON text")
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("a JSON text that is nested too deeply") from None
+
+
+def may_matter(data: bytes) -> bool:
+    """Return whether event data can hold what :class:`Figures` looks for.
+
+    To parse the data of every event would cost several times as much. A quotation mark within a JSON string is escaped,
+    so what a caller has a model say is hardly ever taken for one of these. If it is, the data is parsed, and says
+    nothing.
+    """
+    # OpenAI puts "usage":null into every event of a stream that was asked for its usage.
+    if b'"usage' in data and data.count(b'"usage') > data.count(b'"usage":null') + data.count(b'"usage": null'):
+        return True
+    return (
+        (b"error" in data and b'"error"' in data)
+        or b"message_stop" in data
+        or b"[DONE]" in data
+        or (b"response." in data and any(kind in data for kind in _RESPONSE_ENDS))
+        or (b"\\u00" in data and any(escape in data for escape in _ESCAPES))
+    )
+
+
+class EventStream:
+    """Splits a stream of server-sent events, cut into chunks anywhere, and reads the figures out of its events.
+
+    WHATWG HTML section 9.2.6, "Interpreting an event stream". Unlike there, a last event without a blank line behind
+    it counts: a service that has stated what an answer cost and ends the stream has stated it.
+    """
+
+    __slots__ = ("_after_cr", "_at_begin", "_data", "_figures", "_kind", "_line", "_line_is_unread", "_size")
+
+    def __init__(self, figures: Figures) -> None:
+        self._figures = figures
+        self._line = bytearray()  # the beginning of a line whose end has not come
+        self._line_is_unread = False  # whether that line is too long
+        self._after_cr = False  # whether a line feed that comes now belongs to the carriage return before it
+        self._at_begin = True
+        # The event whose end has not come: its type, its data lines, and their size. Too large, they are not kept.
+        self._kind = b""
+        self._data: list[bytes] = []
+        self._size = 0
+
+    @property
+    def is_between_events(self) -> bool:
+        """Whether nothing of an event whose end has not come was fed."""
+        return not (self._line or self._size or self._kind or self._line_is_unread)
+
+    def can_skip(self, data: bytes) -> bool:
+        """Return whether a chunk is made of whole events that say nothing of the usage, as most are."""
+        return (
+            data.endswith((b"\n\n", b"\r\n\r\n"))
+            and not (self._line or self._size or self._kind or self._line_is_unread)
+            and not may_matter(data)
+            and not (b"error" in data and (b"event: error" in data or b"event:error" in data))
+        )
+
+    def feed(self, data: bytes) -> None:
+        """Read the next chunk of the stream."""
+        if self.can_skip(data):
+            self._after_cr = self._at_begin = False
+            return
+        if self._after_cr and data[:1] == b"\n":
+            data = data[1:]
+            self._after_cr = False
+        if not data:
+            return
+        lines = data.splitlines()
+        last = data[-1]
+        self._after_cr = last == _CR
+        rest = b"" if last in (_LF, _CR) else lines.pop()
+        if lines:
+            lines[0] = self._joined(lines[0])
+            for line in lines:
+                self._take_line(line)
+        if rest and not self._line_is_unread:
+            self._line += rest
+            if len(self._line) > MOST_EVENT:
+                self._line.clear()
+                self._line_is_unread = True
+
+    def end(self) -> None:
+        """Read what came last as if a line end and a blank line had followed."""
+        if not self.is_between_events:
+            self._take_line(self._joined(b""))
+            self._take_line(b"")
+
+    def _joined(self, rest: bytes) -> bytes:
+        """Return the line that ends with ``rest``."""
+        if self._line_is_unread:
+            self._line_is_unread = False
+            self._leave_event_unread()
+            return b":"  # a comment
+        if self._line:
+            rest = bytes(self._line) + rest
+            self._line.clear()
+        return rest
+
+    def _leave_event_unread(self) -> None:
+        self._data.clear()
+        self._size = MOST_EVENT + 1
+
+    def _take_line(self, line: bytes) -> None:
+        if self._at_begin:
+            self._at_begin = False
+            line = line.removeprefix(_BYTE_ORDER_MARK)
+        if not line:
+            self._take_event()
+            return
+        if len(line) > MOST_EVENT:
+            self._leave_event_unread()
+            return
+        field, _, value = line.partition(b":")
+        if field == b"data":
+            # The line feed that joins data lines counts, as a line may be empty.
+            self._size += len(value) + 1
+            if self._size > MOST_EVENT:
+                self._leave_event_unread()
+                return
+            value = value.removeprefix(b" ")
+            self._data.append(value)
+            # A client that reads line by line acts on it at once.
+            if value == b"[DONE]" and len(self._data) == 1:
+                self._figures.complete = True
+        elif field == b"event":
+            self._kind = value.removeprefix(b" ")
+
+    def _take_event(self) -> None:
+        kind, size, data = self._kind, self._size, b"\n".join(self._data)
+        self._kind = b""
+        self._size = 0
+        self._data.clear()
+        if kind == b"error":
+            self._figures.failed = self._figures.complete = True
+        elif size <= MOST_EVENT and may_matter(data):
+            try:
+                message = parse_json(data)
+            except ValueError:
+                return  # text, or JSON that no client can read either
+            self._figures.take_event(message)
+
+
+class JSONBody:
+    """Collects a JSON body and reads the figures out of it at its end."""
+
+    __slots__ = ("_body", "_figures", "_size")
+
+    def __init__(self, figures: Figures) -> None:
+        self._figures = figures
+        self._body = bytearray()
+        self._size = 0
+
+    def feed(self, data: bytes) -> None:
+        """Keep the next chunk of the body."""
+        self._size += len(data)
+        if self._size <= MOST_JSON:
+            self._body += data
+        elif self._body:
+            self._body = bytearray()
+
+    def end(self) -> None:
+        """Read the body that was collected."""
+        body, self._body = self._body, bytearray()
+        if not body:
+            return
+        try:
+            message = parse_json(body)
+        except ValueError:
+            return
+        self._figures.take_body(message)
+
+
+class Gunzipped:
+    """Decompresses a copy of a body for another reader."""
+
+    __slots__ = ("_decompressor", "_feed", "_read", "_written")
+
+    def __init__(self, feed: Callable[[bytes], None]) -> None:
+        self._feed = feed
+        self._decompressor: Any = None
+        self._read = 0
+        self._written = 0
+        self._begin()
+
+    def feed(self, data: bytes) -> None:
+        """Decompress the next chunk of the body."""
+        if self._decompressor is None:
+            return
+        try:
+            for piece in self._pieces(data):
+                self._feed(piece)
+        except zlib.error:
+            self._decompressor = None  # not gzip: the client cannot read it either
+
+    def _begin(self) -> None:
+        self._decompressor = zlib.decompressobj(zlib.MAX_WBITS | 16)  # with gzip's header and check
+
+    def _pieces(self, data: bytes) -> Iterator[bytes]:
+        self._read += len(data)
+        piece = b""
+        # A piece of full size may be the first of what one input came to.
+        while data or len(piece) == _PIECE:
+            if self._decompressor.eof:
+                # RFC 1952 section 2.2: a file may have several members.
+                self._begin()
+            piece = self._decompressor.decompress(data, _PIECE)
+            self._written += len(piece)
+            if self._written > max(_MOST_UNCHECKED, self._read * _MOST_RATIO):
+                self._decompressor = None
+                return
+            if piece:
+                yield piece
+            data = self._decompressor.unused_data if self._decompressor.eof else self._decompressor.unconsumed_tail
