@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
-from ..operations import MAX_INTEGER, check_amount
+from ..checks import MAX_INTEGER, check_amount
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment

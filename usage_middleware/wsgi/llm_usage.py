@@ -9,7 +9,7 @@ from fractions import Fraction
 from math import lcm
 from typing import TYPE_CHECKING, Final
 
-from ..operations import MAX_INTEGER
+from ..checks import MAX_INTEGER
 from .asking import UsageFilter, ask_for_usage
 from .costs import Cost, CostReader, FixedReader, Headers, Usage, checked_bounds
 from .figures import Figures, TokenCounts
