@@ -16,6 +16,8 @@ from .errors import StoreError as StoreError
 from .errors import TokenDisabled as TokenDisabled
 from .errors import TokenExpired as TokenExpired
 from .errors import TokenNotFound as TokenNotFound
+from .errors import UpstreamError as UpstreamError
+from .errors import UpstreamTimeout as UpstreamTimeout
 from .errors import UsageMiddlewareError as UsageMiddlewareError
 from .operations import Operation as Operation
 from .stores import NEED_SQLALCHEMY, load
@@ -44,9 +46,15 @@ from .wsgi.request_body import requested_model as requested_model
 if TYPE_CHECKING:
     from .stores.new_api.new_api_store import NewAPITokenStore as NewAPITokenStore
     from .stores.sql.sql_store import SQLAlchemyTokenStore as SQLAlchemyTokenStore
+    from .wsgi.proxy import Proxy as Proxy
 
 
 def __getattr__(name: str) -> Any:
     if name in NEED_SQLALCHEMY:
         return load(name)
+    if name == "Proxy":
+        # It needs http.client, whose import takes as long as that of everything else here.
+        from .wsgi.proxy import Proxy
+
+        return Proxy
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

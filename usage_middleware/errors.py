@@ -101,3 +101,15 @@ class OperationNotFound(_AboutOperation):
 
 class OperationConflict(_AboutOperation):
     """The operation cannot be changed in this way, or its idempotency key was used before, for another call."""
+
+
+class UpstreamError(UsageMiddlewareError):
+    """The service could not be reached, broke off, or sent something that is not valid HTTP.
+
+    :class:`Proxy` answers 502 as long as no part of an answer has been passed on. Later, it raises this, so that the
+    server closes the client's connection and the client sees that the answer is incomplete.
+    """
+
+
+class UpstreamTimeout(UpstreamError):
+    """The service sent nothing for too long. :class:`Proxy` answers 504 as long as it can."""

@@ -1,0 +1,247 @@
+"""What changes in a message that a proxy passes on: its target, its headers, and how its body is framed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Final
+from urllib.parse import quote, unquote
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+Header = tuple[str, str]
+
+# The read() of most servers waits for a whole block, so a small one keeps a slow upload moving.
+_BLOCK_SIZE: Final = 16_384
+
+_METHOD: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 section 5.6.2, token
+HEADER_NAME: Final = _METHOD
+HEADER_VALUE: Final = re.compile(r"[\t -~\x80-\xff]*")  # RFC 9110 section 5.5
+_CONTENT_LENGTH: Final = re.compile(r"[0-9]{1,18}")
+
+# RFC 9110 section 7.6.1, and what PEP 3333 forbids an application to send.
+_HOP_BY_HOP: Final = frozenset(
+    {
+        *("connection", "keep-alive", "proxy-authenticate", "proxy-authentication-info", "proxy-authorization"),
+        *("proxy-connection", "te", "trailer", "trailers", "transfer-encoding", "upgrade"),
+    }
+)
+#: Request headers that follow from the request and its connection alone.
+FRAMING: Final = _HOP_BY_HOP | {"content-length", "expect"}
+# Written by this module. Beside them "Proxy", which CGI programs would find as HTTP_PROXY and take for the address of
+# the proxy that they have to use (CVE-2016-5385).
+_NOT_COPIED: Final = FRAMING | {
+    *("content-type", "host", "proxy", "via"),
+    *("x-forwarded-for", "x-forwarded-host", "x-forwarded-prefix", "x-forwarded-proto"),
+}
+
+# RFC 3986 section 3.3: what a path may hold beside letters, digits and escapes.
+PATH_SAFE: Final = "/!$&'()*+,;=:@-._~"
+_PATH_UNITS: Final = re.compile(r"%[0-9A-Fa-f]{2}|.", re.DOTALL)  # each stands for one character of PATH_INFO
+_PATH_UNSAFE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})|[^%/!$&'()*+,;=:@\-._~0-9A-Za-z]")
+_QUERY_UNSAFE: Final = re.compile(r"[^!-~]|#")
+# Some services take a backslash for a slash, and Tomcat ignores what follows a semicolon in a segment.
+_LEAVES_BASE: Final = re.compile(r"[/\\]\.\.(?:[/\\;]|$)")
+
+_PSEUDONYM: Final = "usage-middleware"  # in Via
+
+
+class Refusal(Exception):
+    """An answer of the proxy's own. It is a WSGI application."""
+
+    def __init__(self, status: str, error_type: str, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        error = {"message": message, "type": error_type, "param": None, "code": code}
+        self.body = json.dumps({"type": "error", "error": error}, separators=(",", ":")).encode()
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        headers = [
+            ("Content-Type", "application/json; charset=utf-8"),
+            ("Content-Length", str(len(self.body))),
+            ("Cache-Control", "no-store"),
+            ("X-Content-Type-Options", "nosniff"),
+        ]
+        start_response(self.status, headers)
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [self.body]
+
+
+def _bad_request(message: str) -> Refusal:
+    return Refusal("400 Bad Request", "invalid_request_error", "bad_request", message)
+
+
+def _length_required(message: str) -> Refusal:
+    return Refusal("411 Length Required", "invalid_request_error", "length_required", message)
+
+
+def _not_implemented(message: str) -> Refusal:
+    return Refusal("501 Not Implemented", "invalid_request_error", "not_implemented", message)
+
+
+class RequestBody:
+    """The body of a request, read in blocks and never past its end.
+
+    :ivar framing: the header that says where it ends, if there is one.
+    :ivar ended: whether all of it has been read.
+    :raises Refusal: the request does not say where its body ends, or says it in two ways, by which requests are
+        smuggled past a proxy (RFC 9112 section 11.2).
+    """
+
+    def __init__(self, environ: WSGIEnvironment) -> None:
+        coding: str = environ.get("HTTP_TRANSFER_ENCODING", "").strip(" \t").lower()
+        length: str = environ.get("CONTENT_LENGTH", "")
+        self._input = environ["wsgi.input"]
+        self._left: int | None = 0  # None: up to the end of the input
+        self._block = b""
+        self.framing: list[Header] = []
+        if coding and length:
+            raise _bad_request("The request has both a Content-Length and a Transfer-Encoding.")
+        if length:
+            if not _CONTENT_LENGTH.fullmatch(length):
+                raise _bad_request("The Content-Length of the request is not a number.")
+            self._left = int(length)
+            self.framing = [("Content-Length", str(self._left))]
+        elif coding:
+            if coding != "chunked":
+                raise _not_implemented("The request has a Transfer-Encoding other than 'chunked'.")
+            if not environ.get("wsgi.input_terminated"):
+                raise _length_required("The server cannot read a request without a Content-Length.")
+            self._left = None
+        elif self._is_framed_by_protocol(environ):
+            self._left = None
+        elif environ["REQUEST_METHOD"] in ("POST", "PUT", "PATCH"):
+            # RFC 9110 section 8.6 asks for it where a method usually has a body.
+            self.framing = [("Content-Length", "0")]
+        if self._left is None:
+            self.framing = [("Transfer-Encoding", "chunked")]
+        self.ended = self._left == 0
+
+    def read(self) -> bytes:
+        """Return the next block as it goes over the wire. It may wait for the client."""
+        if self._left is None:
+            block: bytes = self._block or self._input.read(_BLOCK_SIZE)
+            self._block = b""
+            self.ended = not block
+            return b"%x\r\n%b\r\n" % (len(block), block)  # the last chunk, and no trailers, if it is empty
+        block = self._input.read(min(self._left, _BLOCK_SIZE))
+        if not block:
+            raise _bad_request("The body of the request ended early.")
+        self._left -= len(block)
+        self.ended = not self._left
+        return block
+
+    def _is_framed_by_protocol(self, environ: WSGIEnvironment) -> bool:
+        """Whether the request has a body although no header says so, as HTTP/2 and newer allow."""
+        if environ["SERVER_PROTOCOL"].startswith("HTTP/1.") or not environ.get("wsgi.input_terminated"):
+            return False
+        self._block = self._input.read(_BLOCK_SIZE)
+        return bool(self._block)
+
+
+def check_request(environ: WSGIEnvironment) -> None:
+    """Raise :exc:`Refusal` for what is not forwarded whatever the service.
+
+    ``TRACE`` would send back the headers that :class:`Proxy` adds, which may be credentials.
+    """
+    method: str = environ["REQUEST_METHOD"]
+    if method in ("CONNECT", "TRACE") or not _METHOD.fullmatch(method):
+        raise _not_implemented("The method of the request is not supported.")
+    protocols = {protocol.strip(" \t").lower() for protocol in environ.get("HTTP_UPGRADE", "").split(",")}
+    # A server may ignore an Upgrade (RFC 9110 section 7.8). Java's HttpClient asks for h2c in every first request and
+    # goes on with HTTP/1.1; a WebSocket cannot go on.
+    if protocols - {"", "h2c"}:
+        raise _not_implemented("The connection cannot be upgraded to another protocol.")
+
+
+def request_target(environ: WSGIEnvironment, base: str) -> str:
+    """Return the target of the forwarded request: ``base``, the path and the query string.
+
+    :param base: the path of the service's URL, without a slash at its end.
+
+    The path decodes to ``PATH_INFO``, which others have judged. It has the escapes that the client wrote, if the server
+    says which these are.
+    """
+    path: str = environ.get("PATH_INFO", "")
+    if path == "*" and environ["REQUEST_METHOD"] == "OPTIONS" and not base:
+        return path
+    if path and not path.startswith("/"):
+        raise _bad_request("The path of the request does not begin with a slash.")
+    if base and _LEAVES_BASE.search(path):
+        raise _bad_request("The path of the request has a '..' segment.")
+    try:
+        query = _QUERY_UNSAFE.sub(_escape, environ.get("QUERY_STRING", ""))
+        target = base + _as_written(environ, path) or "/"
+    except UnicodeEncodeError:
+        raise _bad_request("The path of the request is not valid.") from None
+    return f"{target}?{query}" if query else target
+
+
+def _as_written(environ: WSGIEnvironment, path: str) -> str:
+    target: str = environ.get("REQUEST_URI") or environ.get("RAW_URI") or ""
+    # What stands before is the prefix under which the application is mounted, or a scheme and a host.
+    units = _PATH_UNITS.findall(target.partition("?")[0])[-len(path) :]
+    written = "".join(units)
+    if unquote(written, "latin-1") == path:
+        return _PATH_UNSAFE.sub(_escape, written)
+    return quote(path, safe=PATH_SAFE, encoding="latin-1")
+
+
+def _escape(match: re.Match[str]) -> str:
+    return quote(match[0], safe="", encoding="latin-1")
+
+
+def request_headers(
+    environ: WSGIEnvironment, host: str, replacements: Mapping[str, Header], ignored: Mapping[str, str]
+) -> list[Header]:
+    """Return the headers of the forwarded request, without those that frame its body.
+
+    :param host: the value of ``Host``.
+    :param replacements: headers to send whatever the client sent, by their names in lower case.
+    :param ignored: variables that are not the request's.
+    """
+    ours = [
+        ("Host", host),
+        ("Connection", "close"),
+        ("Via", _append(environ.get("HTTP_VIA", ""), _via(environ["SERVER_PROTOCOL"]))),
+        ("X-Forwarded-For", _append(environ.get("HTTP_X_FORWARDED_FOR", ""), environ.get("REMOTE_ADDR") or "")),
+        ("X-Forwarded-Host", environ.get("HTTP_HOST") or environ["SERVER_NAME"]),
+        ("X-Forwarded-Proto", environ["wsgi.url_scheme"]),
+        ("X-Forwarded-Prefix", quote(environ.get("SCRIPT_NAME", ""), safe=PATH_SAFE, encoding="latin-1")),
+        ("Content-Type", environ.get("CONTENT_TYPE", "")),
+    ]
+    headers = [header for header in ours if header[1] and header[0].lower() not in replacements]
+    not_copied = _NOT_COPIED | replacements.keys() | _connection_options([environ.get("HTTP_CONNECTION", "")])
+    for variable, value in environ.items():
+        if variable.startswith("HTTP_"):
+            name = variable[5:].replace("_", "-").title()
+            if name.lower() not in not_copied and ignored.get(variable) != value:
+                headers.append((name, value))
+    for name, value in headers:
+        if not HEADER_NAME.fullmatch(name) or not HEADER_VALUE.fullmatch(value):
+            raise _bad_request("The request has a malformed header.")
+    return [*headers, *replacements.values()]
+
+
+def answer_headers(version: str, received: Collection[Header]) -> list[Header]:
+    """Return the headers of an answer as they are passed on.
+
+    :param version: the version of HTTP in which it came, such as ``"1.1"``.
+    """
+    options = _connection_options(value for name, value in received if name.lower() == "connection")
+    dropped = _HOP_BY_HOP | options
+    return [*(header for header in received if header[0].lower() not in dropped), ("Via", _via(version))]
+
+
+def _connection_options(values: Iterable[str]) -> set[str]:
+    """Return the names, in lower case, of the headers that ``Connection`` limits to one connection."""
+    return {option.strip(" \t").lower() for value in values for option in value.split(",")} - {""}
+
+
+def _append(value: str, item: str) -> str:
+    return f"{value}, {item}" if value and item else value or item
+
+
+def _via(protocol: str) -> str:
+    return f"{protocol.removeprefix('HTTP/') or '1.1'} {_PSEUDONYM}"
