@@ -65,7 +65,17 @@ def test_the_smallest_request_and_its_answer():
         pytest.param({"path": "/a/b", "RAW_URI": "/a%2Fc"}, "/a/b", id="RAW_URI of another path"),
         pytest.param({"path": "/b", "RAW_URI": "/a/../b"}, "/b", id="a server that normalises"),
         pytest.param({"path": "/a%2Fb", "RAW_URI": "/a%252Fb"}, "/a%252Fb", id="an escaped escape"),
-        pytest.param({"path": "/a%2Fb", "RAW_URI": "/a%2Fb"}, "/a%252Fb", id="a server that does not decode"),
+        pytest.param({"path": "/a%41", "RAW_URI": "/a%41"}, "/a%2541", id="a server that does not decode"),
+        pytest.param({"path": "/a%2Fb/c", "REQUEST_URI": "/a%2fb/%63"}, "/a%2fb/%63", id="a server that keeps %2F"),
+        pytest.param(
+            {"path": "/a%2Fb", "SCRIPT_NAME": "/p%2Fq", "REQUEST_URI": "/p%2Fq/a%2Fb"},
+            "/a%2Fb",
+            id="below such a prefix",
+        ),
+        pytest.param(
+            {"path": "/a/..%2Fb", "REQUEST_URI": "/a/..%2Fb"}, "/a/..%252Fb", id="a dot segment that it hides"
+        ),
+        pytest.param({"path": "/a/%2Fb", "REQUEST_URI": "/a/%2Fb"}, "/a/%252Fb", id="an empty segment that it hides"),
         pytest.param({"path": "/a%zz", "RAW_URI": "/a%zz"}, "/a%25zz", id="half an escape"),
         pytest.param({"path": "/a/b|c", "RAW_URI": "/a%2Fb|c"}, "/a%2Fb%7Cc", id="a character that is not allowed"),
         pytest.param({"path": "/a#b", "RAW_URI": "/a#b"}, "/a%23b", id="a fragment that the server keeps"),

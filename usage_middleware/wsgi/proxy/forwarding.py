@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote, unquote
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Header = tuple[str, str]
 
-# The read() of most servers waits for a whole block, so a small one keeps a slow upload moving.
+# Small, so that a slow upload keeps moving.
 _BLOCK_SIZE: Final = 16_384
 
 _METHOD: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 section 5.6.2, token
@@ -42,6 +42,8 @@ PATH_SAFE: Final = "/!$&'()*+,;=:@-._~"
 _PATH_UNITS: Final = re.compile(r"%[0-9A-Fa-f]{2}|.", re.DOTALL)  # each stands for one character of PATH_INFO
 _PATH_UNSAFE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})|[^%/!$&'()*+,;=:@\-._~0-9A-Za-z]")
 _QUERY_UNSAFE: Final = re.compile(r"[^!-~]|#")
+_SLASH: Final = re.compile("%2F", re.IGNORECASE)
+_ODD_SEGMENT: Final = re.compile(r"//|/\.{1,2}(?:[/;]|$)|\\")
 # Some services take a backslash for a slash, and Tomcat ignores what follows a semicolon in a segment.
 _LEAVES_BASE: Final = re.compile(r"[/\\]\.\.(?:[/\\;]|$)")
 
@@ -92,7 +94,9 @@ class RequestBody:
     def __init__(self, environ: WSGIEnvironment) -> None:
         coding: str = environ.get("HTTP_TRANSFER_ENCODING", "").strip(" \t").lower()
         length: str = environ.get("CONTENT_LENGTH", "")
-        self._input = environ["wsgi.input"]
+        body = environ["wsgi.input"]
+        # PEP 3333 has read() alone, which waits for a whole block on most servers. Some have a better method.
+        self._input: Callable[[int], bytes] = getattr(body, "read1", body.read)
         self._left: int | None = 0  # None: up to the end of the input
         self._block = b""
         self.framing: list[Header] = []
@@ -121,11 +125,11 @@ class RequestBody:
     def read(self) -> bytes:
         """Return the next block as it goes over the wire. It may wait for the client."""
         if self._left is None:
-            block: bytes = self._block or self._input.read(_BLOCK_SIZE)
+            block: bytes = self._block or self._input(_BLOCK_SIZE)
             self._block = b""
             self.ended = not block
             return b"%x\r\n%b\r\n" % (len(block), block)  # the last chunk, and no trailers, if it is empty
-        block = self._input.read(min(self._left, _BLOCK_SIZE))
+        block = self._input(min(self._left, _BLOCK_SIZE))
         if not block:
             raise _bad_request("The body of the request ended early.")
         self._left -= len(block)
@@ -136,7 +140,7 @@ class RequestBody:
         """Whether the request has a body although no header says so, as HTTP/2 and newer allow."""
         if environ["SERVER_PROTOCOL"].startswith("HTTP/1.") or not environ.get("wsgi.input_terminated"):
             return False
-        self._block = self._input.read(_BLOCK_SIZE)
+        self._block = self._input(_BLOCK_SIZE)
         return bool(self._block)
 
 
@@ -180,10 +184,14 @@ def request_target(environ: WSGIEnvironment, base: str) -> str:
 
 def _as_written(environ: WSGIEnvironment, path: str) -> str:
     target: str = environ.get("REQUEST_URI") or environ.get("RAW_URI") or ""
+    units = _PATH_UNITS.findall(target.partition("?")[0])
     # What stands before is the prefix under which the application is mounted, or a scheme and a host.
-    units = _PATH_UNITS.findall(target.partition("?")[0])[-len(path) :]
-    written = "".join(units)
+    written = "".join(units[-len(path) :])
     if unquote(written, "latin-1") == path:
+        return _PATH_UNSAFE.sub(_escape, written)
+    # cheroot decodes all but slashes. They may not hide a segment from those who judged the path.
+    written = "".join(units[-len(path) + 2 * path.count("%2F") :])
+    if unquote(_SLASH.sub("%252F", written), "latin-1") == path and not _ODD_SEGMENT.search(unquote(written)):
         return _PATH_UNSAFE.sub(_escape, written)
     return quote(path, safe=PATH_SAFE, encoding="latin-1")
 
