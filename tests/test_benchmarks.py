@@ -15,7 +15,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).with_name("benchmarks")
 HAS_WRK = shutil.which("wrk") is not None
-# As tests/databases.py looks for it.
+# As tests/support/databases.py looks for it.
 HAS_MARIADB = (
     shutil.which("mariadbd", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"])) is not None
 )

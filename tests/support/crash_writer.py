@@ -1,4 +1,4 @@
-"""A program that charges a token and is killed while it does so, over and over: ``test_crashes.py`` starts it.
+"""A program that charges a token and is killed while it does so, over and over: ``test_killed_writers.py`` starts it.
 
 Each of its lives is a process that makes one call after the other, and reports each that has returned. Processes are
 forked from this small one, which opens no database: they are many, and a new interpreter for each takes longer than
