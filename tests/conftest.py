@@ -1,13 +1,14 @@
 import dataclasses
 import os
-import re
 import subprocess
-import time
 
 import databases
 import pytest
+import storage_servers
+import web_servers
 from command import SCRIPT
 from places import ROOT
+from waiting import until_logged
 
 pytest.register_assert_rewrite("usage_middleware.testing")
 
@@ -44,6 +45,30 @@ def host(request, tmp_path):
 @pytest.fixture(scope="session")
 def readme():
     return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+# Fixtures that start a server, whatever they are asked for, and names of servers that tests are parametrized with.
+STARTS_A_SERVER = {
+    "database",
+    "database_server",
+    "database_url",
+    "disposable_server",
+    "mariadb",
+    "postgresql",
+    "shared_database",
+    "start",
+}
+SERVERS = {*databases.KINDS, *storage_servers.PROGRAMS, *web_servers.SERVERS}
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what starts a server as ``servers``, so that a test need not say what its fixtures say already."""
+    for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if STARTS_A_SERVER.intersection(item.fixturenames) or any(
+            isinstance(value, str) and value in SERVERS for value in values
+        ):
+            item.add_marker("servers")
 
 
 def pytest_addoption(parser):
@@ -152,12 +177,7 @@ def start(tmp_path):
                 },
             )
         processes.append(process)
-        deadline = time.monotonic() + 30
-        while not (match := re.search(ready, log.read_text())):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.02)
-        return process, match, log
+        return process, until_logged(ready, log, process), log
 
     yield start
     for process in processes:

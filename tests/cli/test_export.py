@@ -9,7 +9,7 @@ import tracemalloc
 from contextlib import closing
 
 import pytest
-from client import ask
+from client import ask, wrapped
 from command import SCRIPT
 from transferring import DIGEST, KEY, MOST, NOW, lines
 
@@ -80,7 +80,7 @@ def test_a_round_trip_loses_nothing(tmp_path, make_source, make_target, write):
         assert [strip_id(record) for record in target.records()] == [strip_id(record) for record in source.records()]
         for key in keys.values():
             answers = [
-                ask(UsageMiddleware(no_application, store), authorization=f"Bearer {key}") for store in (source, target)
+                ask(UsageMiddleware(wrapped, store), authorization=f"Bearer {key}") for store in (source, target)
             ]
             assert answers[0] == answers[1]
         with pytest.raises(QuotaExceeded):
@@ -88,10 +88,6 @@ def test_a_round_trip_loses_nothing(tmp_path, make_source, make_target, write):
         target.charge(keys["limited"], 40, model="capped")
         with pytest.raises(QuotaExceeded):
             target.charge(keys["overdrawn"], 1)
-
-
-def no_application(environ, start_response):
-    raise AssertionError
 
 
 def strip_id(record):

@@ -13,7 +13,6 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,18 +23,17 @@ from typing import NamedTuple
 
 import pytest
 from places import EXAMPLES
+from ports import free_port
+from waiting import until_listening, until_logged
 from werkzeug.exceptions import NotFound
 from werkzeug.test import Client
 
 from usage_middleware import Token, UsageMiddleware
 
 PATH = "/api/usage/token"
-COMMAND = re.compile(
-    r"curl -H 'Authorization: Bearer (?P<key>sk-\S+)' http://127\.0\.0\.1:(?P<port>\d+)/api/usage/token"
-)
+COMMAND = r"curl -H 'Authorization: Bearer (?P<key>sk-\S+)' http://127\.0\.0\.1:(?P<port>\d+)/api/usage/token"
 
-STARTS_WITHIN = 30.0  # seconds; a busy machine takes its time to import a framework
-STOPS_WITHIN = 15.0
+STOPS_WITHIN = 15.0  # seconds
 # What Ctrl-C sends. A test run in the background of a shell may have it ignored, and hands that on to its children.
 STOP = signal.SIGTERM if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else signal.SIGINT
 
@@ -114,9 +112,7 @@ class Running:
 )
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     program: Program = request.param
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     folder = tmp_path_factory.mktemp(program.name.removesuffix(".py"))
     environment = {**os.environ, "PYTHONWARNINGS": "default::ResourceWarning", "TMPDIR": str(folder)}
     environment.pop("USAGE_MIDDLEWARE_DB", None)
@@ -148,21 +144,11 @@ def example(running: Running) -> Iterator[Running]:
 
 def wait_until_served(process: subprocess.Popen[bytes], port: int, stdout: Path, stderr: Path) -> re.Match[str]:
     """The printed curl command, once the program has printed it and accepts connections."""
-    deadline = time.monotonic() + STARTS_WITHIN
-    while process.poll() is None and time.monotonic() < deadline:
-        lines = stdout.read_text().splitlines(keepends=True)
-        if lines and lines[0].endswith("\n"):
-            command = COMMAND.fullmatch(lines[0].rstrip("\n"))
-            assert command, f"the first line is no curl command: {lines[0]}"
-            assert int(command["port"]) == port
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            except OSError:
-                pass
-            else:
-                return command
-        time.sleep(0.02)
-    pytest.fail(f"not served, exit status {process.poll()}:\n{stdout.read_text()}\n{stderr.read_text()}")
+    command = until_logged(COMMAND, stdout, process)
+    assert int(command["port"]) == port
+    assert command.start() == 0, stdout.read_text()
+    until_listening(port, process, stderr)
+    return command
 
 
 def test_every_program_is_in_the_table() -> None:

@@ -13,11 +13,9 @@ import gc
 import hashlib
 import io
 import logging
-import re
 import sqlite3
 import subprocess
 import sys
-import sysconfig
 import time
 import traceback
 import types
@@ -27,7 +25,9 @@ from pathlib import Path
 from urllib.error import HTTPError
 
 import pytest
-from client import PATH, call, environ
+from client import PATH, call, environ, wrapped
+from command import SCRIPT
+from waiting import until_logged
 
 from usage_middleware import MemoryTokenStore, SQLiteTokenStore, StoreError, UsageMiddleware, bearer_key
 from usage_middleware.cli import main
@@ -163,14 +163,9 @@ HEADERS = [
 ]
 
 
-def host(environ, start_response):
-    start_response("200 OK", [("Content-Type", "text/plain")])
-    return [b"the wrapped application"]
-
-
 def ask_everything(store, authorization, **options):
     """Every answer to a header; the endpoint's own reading of it goes the same way."""
-    app = UsageMiddleware(host, store, **options)
+    app = UsageMiddleware(wrapped, store, **options)
     assert_no_trace("the middleware", [repr(app), str(app), app.__dict__])
     for method in ("GET", "HEAD", "OPTIONS", "POST", KEY):
         for path in (PATH, PATH + "/"):
@@ -280,7 +275,7 @@ def test_what_a_store_raises_is_logged_without_it(watch, make, prefix):
 def test_the_repr_of_a_key_is_not_logged_either(watch):
     key = "back\\slash'quote\"cAnArY"
     call(
-        UsageMiddleware(host, Failing(lambda key: StoreError(f"no row for {key!r}"))),
+        UsageMiddleware(wrapped, Failing(lambda key: StoreError(f"no row for {key!r}"))),
         environ(HTTP_AUTHORIZATION=f"Bearer {key}"),
     )
     assert "Failing failed: StoreError" in watch.log
@@ -293,7 +288,9 @@ class Speechless(StoreError):
 
 
 def test_a_store_error_without_a_text_is_a_503_like_any_other(watch):
-    answer = call(UsageMiddleware(host, Failing(lambda key: Speechless())), environ(HTTP_AUTHORIZATION=f"Bearer {KEY}"))
+    answer = call(
+        UsageMiddleware(wrapped, Failing(lambda key: Speechless())), environ(HTTP_AUTHORIZATION=f"Bearer {KEY}")
+    )
     assert answer.status == 503
     assert "Failing failed: Speechless" in watch.log
 
@@ -556,15 +553,10 @@ def test_no_error_of_a_broken_database_has_it(watch, db, do_break):
 def test_a_served_endpoint_logs_no_key(db, tmp_path):
     run("create", "--key", KEY)
     log = tmp_path / "log"
-    script = Path(sysconfig.get_path("scripts"), "usage-middleware")
     with log.open("w") as stderr:
-        process = subprocess.Popen([script, "serve", "--port", "0"], stdout=stderr, stderr=stderr)
+        process = subprocess.Popen([SCRIPT, "serve", "--port", "0"], stdout=stderr, stderr=stderr)
     try:
-        deadline = time.monotonic() + 30
-        while not (match := re.search(r"Serving (http://\S+?:\d+)", log.read_text())):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, "the server did not start"
-            time.sleep(0.01)
+        match = until_logged(r"Serving (http://\S+?:\d+)", log, process)
 
         def get(key):
             request = urllib.request.Request(f"{match[1]}{PATH}?key={KEY}", headers={"Authorization": f"Bearer {key}"})

@@ -27,6 +27,7 @@ import pytest
 from client import PATH, call, environ
 from processes import SPAWN
 from traffic import CONNECTIONS, START_WITHIN, Request, Seen, ask_all, mix, operate, percentile, start, usage
+from waiting import until
 from web_servers import GUNICORN, check_log, started
 
 from usage_middleware import SQLiteTokenStore, StoreError, UsageMiddleware
@@ -313,11 +314,8 @@ def workers_of(process):
 
 
 def all_workers_of(process):
-    deadline = time.monotonic() + 30
-    while len(workers := workers_of(process)) < WORKERS:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return workers
+    until(lambda: len(workers_of(process)) >= WORKERS)
+    return workers_of(process)
 
 
 class Disturbance:

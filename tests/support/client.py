@@ -47,6 +47,12 @@ def environ(method="GET", path=PATH, **variables):
     }
 
 
+def wrapped(environ, start_response):
+    """The application that the middleware wraps, where a test does not need another."""
+    start_response("404 Not Found", [("Content-Type", "text/plain")])
+    return [b"the wrapped application"]
+
+
 def ask(app, method="GET", path=PATH, *, authorization=None, **variables):
     """The answer of ``app``; the exchange itself is held against PEP 3333 by the standard library."""
     if authorization is not None:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 import pwd
-import random
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -24,6 +22,7 @@ from typing import Any, ClassVar
 
 import psutil
 import pytest
+from ports import free_port
 from sqlalchemy import URL, NullPool, create_engine, inspect
 from sqlalchemy.exc import OperationalError
 
@@ -61,16 +60,6 @@ def find_program(name: str, package: str) -> str:
             pytest.fail(reason)
         pytest.skip(reason)
     return found
-
-
-def free_port() -> int:
-    """A port where nothing listens. It is below those that systems give to clients, so that it is still free when a
-    server that was killed comes back to it."""
-    for port in random.sample(range(15_000, 30_000), 100):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise RuntimeError("no port is free")
 
 
 class Server:

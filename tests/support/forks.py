@@ -1,10 +1,10 @@
-"""Functions that are called in a child process."""
+"""Fork the test process, and say what happens in the child."""
 
 import os
 
 
 def forked(function):
-    """What ``function`` returns in a child process: a text."""
+    """Call a function in a child process; return the text of what it returned, or of what it raised."""
     receiving, sending = os.pipe()
     child = os.fork()
     if child == 0:

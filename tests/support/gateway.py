@@ -2,6 +2,7 @@
 
 import contextlib
 
+from client import wrapped
 from sqlalchemy import NullPool, column, create_engine, insert, table, text
 
 from usage_middleware import (
@@ -96,8 +97,8 @@ class Gateway:
 KINDS = list(TYPES)
 
 
-def wrapped(store):
-    return UsageMiddleware(lambda environ, start_response: [], store)
+def endpoint(store):
+    return UsageMiddleware(wrapped, store)
 
 
 @contextlib.contextmanager

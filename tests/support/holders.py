@@ -1,14 +1,9 @@
 """What the holder of a key gets from a store."""
 
-from client import ask
+from client import ask, wrapped
 
 from usage_middleware import UsageMiddleware
 from usage_middleware.keys import strip_prefix
-
-
-def wrapped(environ, start_response):
-    start_response("200 OK", [("Content-Type", "text/plain")])
-    return [b"the wrapped application"]
 
 
 def create(store, **fields):

@@ -2,12 +2,12 @@
 
 import os
 import shutil
-import socket
 import subprocess
-import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import pytest
+from ports import free_port
+from waiting import until_listening
 
 
 class StorageServer:
@@ -33,30 +33,13 @@ class StorageServer:
         self.process = subprocess.Popen(
             self._command, cwd=self._directory, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        wait_for_port(self.port, self.process)
+        until_listening(self.port, self.process)
 
     def kill(self):
         if self.process is not None:
             self.process.kill()
             self.process.wait()
             self.process = None
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_for_port(port, process):
-    deadline = time.monotonic() + 20
-    while True:
-        with suppress(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", port)).close()
-            return
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 PROGRAMS = {"redis": "redis-server", "memcached": "memcached"}

@@ -1,6 +1,6 @@
 """Applications that throttle, and clients that guess keys."""
 
-from client import ask
+from client import ask, wrapped
 
 from usage_middleware import Token, UsageMiddleware
 
@@ -32,11 +32,6 @@ LONG_LIMIT = "20 per 30 days"
 TOO_MANY = b'{"success":false,"message":"Too Many Requests"}'
 
 
-def not_found(environ, start_response):
-    start_response("404 Not Found", [("Content-Type", "text/plain")])
-    return [b"the wrapped application"]
-
-
 class Clock:
     """Stands for the module ``time``."""
 
@@ -53,7 +48,7 @@ class Clock:
 def make_app(limit=LIMIT, storage="memory://", store=None, **options):
     tokens = {KEY: Token(name="One"), "disabled": Token(enabled=False)}
     store = tokens if store is None else store
-    return UsageMiddleware(not_found, store, throttle=limit, throttle_storage=storage, **options)
+    return UsageMiddleware(wrapped, store, throttle=limit, throttle_storage=storage, **options)
 
 
 def guess(app, authorization=WRONG, address=ADDRESS, **variables):

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import processes
+from ports import free_port
+from waiting import until_listening
 
 from usage_middleware import SQLiteTokenStore
 
@@ -185,9 +186,7 @@ def started(
     arguments: list[str], database: Path, log: Path, **environment: str
 ) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """The process that serves the database, and its port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = processes.environment(
         **{"PYTHONWARNINGS": "default::ResourceWarning", "TOKENS_DATABASE": str(database), **environment}
     )
@@ -197,7 +196,7 @@ def started(
             command, cwd=database.parent, env=environment, stdout=output, stderr=output, start_new_session=True
         )
     try:
-        _wait_until_ready(process, port, log)
+        until_listening(port, process, log)
         yield process, port
     finally:
         process.terminate()
@@ -207,17 +206,6 @@ def started(
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    deadline = time.monotonic() + 20
-    while True:
-        with suppress(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", port)).close()
-            return
-        assert process.poll() is None, log.read_text(errors="replace")
-        assert time.monotonic() < deadline, log.read_text(errors="replace")
-        time.sleep(0.01)
 
 
 def check_log(log: Path) -> None:

@@ -3,8 +3,8 @@
 import tracemalloc
 
 import pytest
-from client import ask, call, environ
-from throttling import ADDRESS, BEARER, BEGIN, KEY, PERIOD, TOO_MANY, WRONG, guess, make_app, not_found, statuses
+from client import ask, call, environ, wrapped
+from throttling import ADDRESS, BEARER, BEGIN, KEY, PERIOD, TOO_MANY, WRONG, guess, make_app, statuses
 
 from usage_middleware import StoreError, UsageMiddleware
 from usage_middleware.wsgi import throttle
@@ -74,12 +74,12 @@ def test_a_valid_key_resets_nothing(clock):
 
 
 def test_without_a_limit_nobody_is_throttled():
-    app = UsageMiddleware(not_found, {})
+    app = UsageMiddleware(wrapped, {})
     assert statuses(app, 1000) == [401] * 1000
 
 
 def test_failures_are_counted_in_the_process_where_nothing_else_is_said():
-    app = UsageMiddleware(not_found, {}, throttle="3 per hour")
+    app = UsageMiddleware(wrapped, {}, throttle="3 per hour")
     assert statuses(app, 5) == [401, 401, 401, 429, 429]
 
 

@@ -7,10 +7,10 @@ import textwrap
 import threading
 
 import pytest
-from client import ask
+from client import ask, wrapped
 from processes import python
 from storage_servers import CLIENTS
-from throttling import BEARER, LIMIT, guess, make_app, not_found
+from throttling import BEARER, LIMIT, guess, make_app
 
 from usage_middleware import UsageMiddleware
 
@@ -51,7 +51,7 @@ def test_an_impossible_argument_is_named_and_shows_no_password(arguments, error)
     (name,) = arguments
     given = {"throttle": LIMIT, **arguments}
     with pytest.raises(error, match=rf"^{name} must ") as caught:
-        UsageMiddleware(not_found, {}, **given)
+        UsageMiddleware(wrapped, {}, **given)
     assert "\n" not in str(caught.value)
     # Neither in the exceptions that it comes from, which a traceback shows.
     assert caught.value.__cause__ is None
@@ -68,7 +68,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "limits", None)
     with pytest.raises(ImportError, match=r"^throttle needs the package limits: pip install limits$"):
         make_app()
-    UsageMiddleware(not_found, {})
+    UsageMiddleware(wrapped, {})
 
 
 @pytest.mark.parametrize("scheme", ["redis", "memcached"])

@@ -12,9 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from client import PATH
+from ports import free_port
 from processes import python
-from storage_servers import free_port, storage_server, wait_for_port
+from storage_servers import storage_server
 from throttling import BEARER, LONG_LIMIT, WRONG, guess, make_app, statuses
+from waiting import until_listening
 
 # --- Threads and processes
 
@@ -131,7 +133,7 @@ def test_the_workers_of_a_preloading_server_count_together(tmp_path, monkeypatch
             stderr=log,
         )
         try:
-            wait_for_port(port, gunicorn)
+            until_listening(port, gunicorn)
             answers = []
             deadline = time.monotonic() + 20
             while len(answers) < 60 or len({process for _, _, process in answers}) < 3:

@@ -9,17 +9,12 @@ from wsgiref.util import FileWrapper
 
 import flask
 import pytest
-from client import PATH, ask, environ
+from client import PATH, ask, environ, wrapped
 
 import usage_middleware
 from usage_middleware import MemoryTokenStore, Token, UsageMiddleware, bearer_key
 
 ORIGIN = "https://app.example"
-
-
-def not_found(environ, start_response):
-    start_response("404 Not Found", [("Content-Type", "text/plain")])
-    return [b"the wrapped application"]
 
 
 # --- What passes through
@@ -108,13 +103,13 @@ def test_the_wrapped_application_is_not_called_for_the_endpoint():
 
 def test_the_wrapped_application_and_the_store_can_be_seen():
     store = MemoryTokenStore()
-    middleware = UsageMiddleware(not_found, store)
-    assert middleware.app is not_found
+    middleware = UsageMiddleware(wrapped, store)
+    assert middleware.app is wrapped
     assert middleware.store is store
 
 
 def test_an_application_may_be_wrapped_twice():
-    inner = UsageMiddleware(not_found, {"inner": Token(name="Inner")}, path="/inner")
+    inner = UsageMiddleware(wrapped, {"inner": Token(name="Inner")}, path="/inner")
     app = UsageMiddleware(inner, {"outer": Token(name="Outer")}, path="/outer")
     assert ask(app, path="/inner", authorization="Bearer inner").json["data"]["name"] == "Inner"
     assert ask(app, path="/outer", authorization="Bearer outer").json["data"]["name"] == "Outer"
@@ -123,7 +118,7 @@ def test_an_application_may_be_wrapped_twice():
 
 def test_a_change_of_the_given_origins_is_not_noticed():
     origins = [ORIGIN]
-    app = UsageMiddleware(not_found, {}, allow_origins=origins)
+    app = UsageMiddleware(wrapped, {}, allow_origins=origins)
     origins[0] = "https://other.example"
     assert ask(app, HTTP_ORIGIN=ORIGIN).header("Access-Control-Allow-Origin") == ORIGIN
 
@@ -179,12 +174,12 @@ def test_a_change_of_the_given_origins_is_not_noticed():
 )
 def test_an_impossible_argument_is_named(arguments, error):
     (name,) = arguments
-    given = {"app": not_found, "store": {}, **arguments}
+    given = {"app": wrapped, "store": {}, **arguments}
     with pytest.raises(error, match=rf"^{name} must "):
         UsageMiddleware(given.pop("app"), given.pop("store"), **given)
 
 
-@pytest.mark.parametrize("arguments", [("module:app", {}), (not_found, "tokens.db")])
+@pytest.mark.parametrize("arguments", [("module:app", {}), (wrapped, "tokens.db")])
 def test_what_is_given_for_an_application_or_a_store_is_told(arguments):
     with pytest.raises(TypeError, match=r"got str$"):
         UsageMiddleware(*arguments)
@@ -205,21 +200,21 @@ def test_what_is_given_for_an_application_or_a_store_is_told(arguments):
     ],
 )
 def test_any_collection_of_origins_will_do(origins):
-    app = UsageMiddleware(not_found, {}, allow_origins=origins)
+    app = UsageMiddleware(wrapped, {}, allow_origins=origins)
     assert ask(app, HTTP_ORIGIN=ORIGIN).header("Access-Control-Allow-Origin") == ORIGIN
     assert ask(app, HTTP_ORIGIN="https://other.example").header("Access-Control-Allow-Origin") is None
 
 
 @pytest.mark.parametrize("origins", [(), [], set(), {}])
 def test_any_empty_collection_turns_cors_off(origins):
-    answer = ask(UsageMiddleware(not_found, {}, allow_origins=origins), HTTP_ORIGIN=ORIGIN)
+    answer = ask(UsageMiddleware(wrapped, {}, allow_origins=origins), HTTP_ORIGIN=ORIGIN)
     assert answer.header("Access-Control-Allow-Origin") is None
     assert answer.header("Vary") is None
 
 
 def test_the_options_go_by_keyword():
     with pytest.raises(TypeError, match="positional"):
-        UsageMiddleware(not_found, {}, "/usage")
+        UsageMiddleware(wrapped, {}, "/usage")
 
 
 # --- In a host

@@ -8,15 +8,15 @@ import json
 import re
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import processes
 import pytest
-from client import PATH, call, environ
+from client import PATH, call, environ, wrapped
 from jsonschema import Draft202012Validator, ValidationError
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from places import SCRIPTS
+from waiting import until_logged
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -46,11 +46,6 @@ class Store:
         if key == "broken":
             raise StoreError("broken")
         return TOKENS.get(key)
-
-
-def not_found(environ, start_response):
-    start_response("404 Not Found", [("Content-Type", "text/plain")])
-    return [b"the wrapped application"]
 
 
 # --- As a document
@@ -172,7 +167,7 @@ ASKED = [
 @pytest.mark.parametrize("origin", [{}, {"HTTP_ORIGIN": ORIGIN}, {"HTTP_ORIGIN": "null"}], ids=["", ORIGIN, "null"])
 @pytest.mark.parametrize(("method", "status", "headers"), ASKED)
 def test_every_answer_is_described(method, status, headers, origin, allow_origins, path):
-    app = UsageMiddleware(not_found, Store(), allow_origins=allow_origins)
+    app = UsageMiddleware(wrapped, Store(), allow_origins=allow_origins)
     answer = call(app, environ(method, path, **headers, **origin))
     assert answer.status == status
     check_answer(answer, method, path)
@@ -180,7 +175,7 @@ def test_every_answer_is_described(method, status, headers, origin, allow_origin
 
 def throttled(method="GET", path=PATH, **options):
     """The answer to a client that has sent a wrong key too often."""
-    app = UsageMiddleware(not_found, Store(), throttle="1 per hour", **options)
+    app = UsageMiddleware(wrapped, Store(), throttle="1 per hour", **options)
     asked = environ(method, path, HTTP_AUTHORIZATION="Bearer unknown", HTTP_ORIGIN=ORIGIN, REMOTE_ADDR="127.0.0.1")
     # From the second on in an hour; the hour may end in between.
     answers = (call(app, dict(asked)) for _ in range(4))
@@ -230,7 +225,7 @@ def test_the_examples_are_real_answers():
                 examples[name, example] = json.dumps(shown["value"], ensure_ascii=False, separators=(",", ":")).encode()
 
     def body(store, method="GET", **headers):
-        return call(UsageMiddleware(not_found, store), environ(method, **headers)).body
+        return call(UsageMiddleware(wrapped, store), environ(method, **headers)).body
 
     def key(key):
         return {"HTTP_AUTHORIZATION": f"Bearer {key}"}
@@ -324,7 +319,7 @@ MUTANTS = {
 
 
 def ask(key):
-    return call(UsageMiddleware(not_found, Store()), environ(HTTP_AUTHORIZATION=f"Bearer {key}"))
+    return call(UsageMiddleware(wrapped, Store()), environ(HTTP_AUTHORIZATION=f"Bearer {key}"))
 
 
 @pytest.mark.parametrize(("key", "mutate"), [pytest.param(*mutant, id=name) for name, mutant in MUTANTS.items()])
@@ -384,12 +379,7 @@ def served(keys, tmp_path):
         command = [SCRIPTS / "usage-middleware", "serve", "--db", tmp_path / "tokens.db", "--port", "0"]
         process = subprocess.Popen(command, stderr=stderr)
         try:
-            deadline = time.monotonic() + 30
-            while not (match := re.search(r"Serving (http://\S+?:\d+)", log.read_text())):
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, "the server did not start"
-                time.sleep(0.01)
-            yield match[1], log
+            yield until_logged(r"Serving (http://\S+?:\d+)", log, process)[1], log
         finally:
             process.terminate()
             process.wait(30)
@@ -429,7 +419,7 @@ def mutated(mutate):
     status = ask(key).status
 
     def app(environ, start_response):
-        answer = call(UsageMiddleware(not_found, Store()), environ)
+        answer = call(UsageMiddleware(wrapped, Store()), environ)
         if answer.status == status and environ["REQUEST_METHOD"] == "GET":
             answer = change(answer)
         start_response(f"{answer.status} {answer.reason}", answer.headers)
@@ -442,9 +432,9 @@ def mutated(mutate):
 def mutants_url():
     """A server with a mutant below each prefix, and below ``/right`` none."""
     mounts = {f"/{number}": mutated(MUTANTS[name]) for number, name in enumerate(FOUND_BY_TOOLS)}
-    mounts["/right"] = UsageMiddleware(not_found, Store())
+    mounts["/right"] = UsageMiddleware(wrapped, Store())
     server = make_server(
-        "127.0.0.1", 0, DispatcherMiddleware(not_found, mounts), threaded=True, request_handler=_SilentHandler
+        "127.0.0.1", 0, DispatcherMiddleware(wrapped, mounts), threaded=True, request_handler=_SilentHandler
     )
     with contextlib.closing(server.socket):
         thread = threading.Thread(target=server.serve_forever)

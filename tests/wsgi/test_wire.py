@@ -4,18 +4,13 @@ import json
 import re
 
 import pytest
-from client import PATH, ask, call, environ
+from client import PATH, ask, call, environ, wrapped
 
 from usage_middleware import StoreError, Token, UsageMiddleware
 
 KEY = "k3y-with-a-dash"
 BEARER = f"Bearer {KEY}"
 MALFORMED = 'Bearer error="invalid_token"'
-
-
-def not_found(environ, start_response):
-    start_response("404 Not Found", [("Content-Type", "text/plain")])
-    return [b"the wrapped application"]
 
 
 class Recorder(dict):
@@ -32,7 +27,7 @@ class Recorder(dict):
 
 @pytest.fixture
 def app(host):
-    return UsageMiddleware(not_found, host.store)
+    return UsageMiddleware(wrapped, host.store)
 
 
 def refusal(message):
@@ -86,7 +81,7 @@ def test_the_path_is_below_the_prefix_of_a_mounted_application(app):
     ],
 )
 def test_the_path_is_configurable(configured, raw):
-    app = UsageMiddleware(not_found, {}, path=configured)
+    app = UsageMiddleware(wrapped, {}, path=configured)
     assert ask(app, path=raw).status == 401
     assert ask(app, path=raw + "/").status == 401
     assert ask(app, path=PATH).status == 404
@@ -96,8 +91,8 @@ def test_path_info_may_be_absent():
     def answer(app):
         return b"".join(app({"REQUEST_METHOD": "GET"}, lambda *_: None))
 
-    assert answer(UsageMiddleware(not_found, {})) == b"the wrapped application"
-    assert answer(UsageMiddleware(not_found, {}, path="/")) == refusal("No Authorization header")
+    assert answer(UsageMiddleware(wrapped, {})) == b"the wrapped application"
+    assert answer(UsageMiddleware(wrapped, {}, path="/")) == refusal("No Authorization header")
 
 
 @pytest.mark.parametrize("authorization", [None, BEARER, "Bearer other", "nonsense"])
@@ -189,7 +184,7 @@ def test_no_header(host, app, value):
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_a_malformed_header_never_reaches_the_store(value, method):
     store = Recorder({KEY: Token()})
-    answer = ask(UsageMiddleware(not_found, store), method, authorization=value)
+    answer = ask(UsageMiddleware(wrapped, store), method, authorization=value)
     assert store.asked == []
     assert (answer.status, answer.reason) == (401, "Unauthorized")
     assert answer.body == (refusal("Invalid Bearer token") if method == "GET" else b"")
@@ -212,9 +207,9 @@ def test_a_malformed_header_never_reaches_the_store(value, method):
 )
 def test_stores_see_the_key_without_one_prefix(host, written, stripped):
     host.add(stripped, name="Found")
-    assert ask(UsageMiddleware(not_found, host.store), authorization=f"Bearer {written}").status == 200
+    assert ask(UsageMiddleware(wrapped, host.store), authorization=f"Bearer {written}").status == 200
     store = Recorder()
-    ask(UsageMiddleware(not_found, store), authorization=f"Bearer {written}")
+    ask(UsageMiddleware(wrapped, store), authorization=f"Bearer {written}")
     assert store.asked == [stripped]
 
 
@@ -380,7 +375,7 @@ class OneTokenOrBroken:
 
 @pytest.mark.parametrize(("method", "authorization", "status"), EVERY_ANSWER)
 def test_every_answer_has_these_headers(method, authorization, status):
-    answer = ask(UsageMiddleware(not_found, OneTokenOrBroken()), method, authorization=authorization)
+    answer = ask(UsageMiddleware(wrapped, OneTokenOrBroken()), method, authorization=authorization)
     assert answer.status == status
     assert answer.header("Cache-Control") == "no-store"
     assert answer.header("X-Content-Type-Options") == "nosniff"
@@ -406,7 +401,7 @@ def test_every_answer_has_these_headers(method, authorization, status):
 
 
 def test_the_server_may_change_the_headers_it_is_given():
-    app = UsageMiddleware(not_found, {})
+    app = UsageMiddleware(wrapped, {})
     for _ in range(2):
         given = []
         app({"REQUEST_METHOD": "GET", "PATH_INFO": PATH}, lambda status, headers, given=given: given.append(headers))
@@ -440,7 +435,7 @@ class Returns:
     ],
 )
 def test_a_failing_store_is_a_503(value, caplog):
-    answer = ask(UsageMiddleware(not_found, Returns(value)), authorization=BEARER)
+    answer = ask(UsageMiddleware(wrapped, Returns(value)), authorization=BEARER)
     assert (answer.status, answer.reason) == (503, "Service Unavailable")
     assert answer.body == refusal("Service Unavailable")
     assert int(answer.header("Retry-After")) > 0
@@ -454,12 +449,12 @@ def test_a_failing_store_is_a_503(value, caplog):
 
 
 def test_the_log_says_what_a_store_says_of_itself(caplog):
-    ask(UsageMiddleware(not_found, Returns(StoreError("tokens.db is a directory"))), authorization=BEARER)
+    ask(UsageMiddleware(wrapped, Returns(StoreError("tokens.db is a directory"))), authorization=BEARER)
     assert "tokens.db is a directory" in caplog.text
 
 
 def test_the_log_says_what_a_store_returned(caplog):
-    ask(UsageMiddleware(not_found, Returns({"name": "a dict"})), authorization=BEARER)
+    ask(UsageMiddleware(wrapped, Returns({"name": "a dict"})), authorization=BEARER)
     assert "Returns failed: StoreError: get() returned dict" in caplog.text
 
 
@@ -474,7 +469,7 @@ def test_the_log_shows_where_but_never_the_key(caplog):
             except LookupError as error:
                 raise StoreError(f"look-up of {key} failed") from error
 
-    ask(UsageMiddleware(not_found, Quotes()), authorization=BEARER)
+    ask(UsageMiddleware(wrapped, Quotes()), authorization=BEARER)
     first, *places = caplog.records[0].getMessage().splitlines()
     assert first == "Quotes failed: StoreError"
     assert re.fullmatch(r"  .+\btest_wire\.py:\d+ in get", places[-2])
@@ -484,7 +479,7 @@ def test_the_log_shows_where_but_never_the_key(caplog):
 
 def test_the_text_of_a_foreign_exception_is_not_logged(caplog):
     # It may quote the key in a form that nobody would recognise.
-    ask(UsageMiddleware(not_found, Returns(RuntimeError(f"no row for {KEY[::-1]}"))), authorization=BEARER)
+    ask(UsageMiddleware(wrapped, Returns(RuntimeError(f"no row for {KEY[::-1]}"))), authorization=BEARER)
     assert "Returns failed: RuntimeError" in caplog.text
     assert KEY[::-1] not in caplog.text
 
@@ -495,7 +490,7 @@ def test_what_is_no_error_of_the_store_passes_on():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        UsageMiddleware(not_found, Interrupted())(
+        UsageMiddleware(wrapped, Interrupted())(
             {"REQUEST_METHOD": "GET", "PATH_INFO": PATH, "HTTP_AUTHORIZATION": BEARER}, lambda *_: None
         )
 
@@ -511,7 +506,7 @@ def cors(answer):
 
 def test_a_preflight_is_told_what_is_allowed():
     answer = ask(
-        UsageMiddleware(not_found, {}),
+        UsageMiddleware(wrapped, {}),
         "OPTIONS",
         HTTP_ORIGIN="https://any.example",
         HTTP_ACCESS_CONTROL_REQUEST_METHOD="GET",
@@ -538,7 +533,7 @@ def test_a_preflight_is_told_what_is_allowed():
     ],
 )
 def test_the_headers_that_a_preflight_asks_for(asked, allowed):
-    answer = ask(UsageMiddleware(not_found, {}), "OPTIONS", HTTP_ACCESS_CONTROL_REQUEST_HEADERS=asked)
+    answer = ask(UsageMiddleware(wrapped, {}), "OPTIONS", HTTP_ACCESS_CONTROL_REQUEST_HEADERS=asked)
     assert answer.header("Access-Control-Allow-Headers") == "Authorization, Content-Type" + allowed
 
 
@@ -557,7 +552,7 @@ def test_the_headers_that_a_preflight_asks_for(asked, allowed):
     ],
 )
 def test_a_list_of_origins(origin, allowed, method, authorization, status):
-    app = UsageMiddleware(not_found, OneTokenOrBroken(), allow_origins=LISTED)
+    app = UsageMiddleware(wrapped, OneTokenOrBroken(), allow_origins=LISTED)
     headers = {} if origin is None else {"HTTP_ORIGIN": origin}
     answer = ask(app, method, authorization=authorization, **headers)
     assert answer.status == status
@@ -570,7 +565,7 @@ def test_a_list_of_origins(origin, allowed, method, authorization, status):
 
 @pytest.mark.parametrize(("method", "authorization", "status"), EVERY_ANSWER)
 def test_cors_off(method, authorization, status):
-    app = UsageMiddleware(not_found, OneTokenOrBroken(), allow_origins=())
+    app = UsageMiddleware(wrapped, OneTokenOrBroken(), allow_origins=())
     answer = ask(app, method, authorization=authorization, HTTP_ORIGIN="https://app.example")
     assert answer.status == status
     assert cors(answer) == {}

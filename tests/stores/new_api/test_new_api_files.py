@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from client import ask
 from forks import forked
-from gateway import KEY, OLDEST, Gateway, wrapped
+from gateway import KEY, OLDEST, Gateway, endpoint
 
 from usage_middleware import (
     NewAPITokenStore,
@@ -51,7 +51,7 @@ def test_nothing_is_written(sqlite_gateway, mode, full):
             writer.commit()
         before = state_of(path)
         with NewAPITokenStore(path) as store:
-            app = wrapped(store)
+            app = endpoint(store)
             assert is_new_api(path)
             for _ in range(5000 if full else 300):
                 assert ask(app, authorization=f"Bearer {KEY}").status == 200

@@ -10,7 +10,7 @@ import databases
 import pytest
 from client import ask
 from forks import forked
-from gateway import DELETED_AT, KEY, KINDS, NEWEST, OLDEST, Gateway, database_url, wrapped
+from gateway import DELETED_AT, KEY, KINDS, NEWEST, OLDEST, Gateway, database_url, endpoint
 from sqlalchemy import NullPool, column, create_engine, event, insert, make_url, table, text
 
 from usage_middleware import (
@@ -127,7 +127,7 @@ def test_what_is_imported_is_answered_the_same(rows, tmp_path):
         assert None not in ours.restore([record for record in theirs.records() if record.token.total_used >= 0])
         for case in ROWS.keys() - {"refunded"}:
             authorization = f"Bearer sk-{key_of(case)}"
-            answers = [ask(wrapped(store), authorization=authorization) for store in (ours, theirs)]
+            answers = [ask(endpoint(store), authorization=authorization) for store in (ours, theirs)]
             assert answers[0] == answers[1], case
 
 
@@ -242,7 +242,7 @@ def test_a_damaged_row_is_told_by_its_id_and_keeps_no_other(sqlite_gateway, colu
         records = list(store.records())
         assert [getattr(record, "token_id", 0) for record in records] == [0, 2, 0, 4, 5]
         assert isinstance(records[1], DamagedToken)
-        assert ask(wrapped(store), authorization="Bearer damaged-key").status == 503
+        assert ask(endpoint(store), authorization="Bearer damaged-key").status == 503
     assert "token 2 is damaged" in caplog.text
     assert "damaged-key" not in caplog.text + str(records)
 
@@ -400,7 +400,7 @@ def test_a_server_that_goes_and_comes_back(disposable_server, caplog):
     gateway.add_users()
     gateway.add({"user_id": 1, "key": KEY})
     with NewAPITokenStore(gateway.url) as store:
-        app = wrapped(store)
+        app = endpoint(store)
         assert ask(app, authorization=f"Bearer {KEY}").status == 200
         disposable_server.kill()
         assert ask(app, authorization=f"Bearer {KEY}").status == 503

@@ -6,8 +6,8 @@ import resource
 from contextlib import contextmanager
 
 import pytest
-from client import ask
-from holders import create, status, wrapped
+from client import ask, wrapped
+from holders import create, status
 from sqlite_files import SUFFIXES, another_process, make_database, permissions, sql, untouched, use_two_connections
 
 from usage_middleware import SQLiteTokenStore, StoreError, UsageMiddleware
@@ -156,7 +156,7 @@ def test_a_database_that_cannot_be_used(folder, caplog, trouble, says):
             assert str(path) in str(caught.value)
         assert status(store, "no-such-key") == 503
         assert says in caplog.text
-        assert ask(UsageMiddleware(wrapped, store), path="/elsewhere").status == 200
+        assert ask(UsageMiddleware(wrapped, store), path="/elsewhere").status == 404
     with store:
         key, token = create(store)
         assert store.get(key) == token

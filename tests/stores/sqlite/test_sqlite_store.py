@@ -14,7 +14,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from holders import create, wrapped
+from client import wrapped
+from holders import create
 from processes import in_a_process
 from sqlite_files import content, needs_proc, sql, use_two_connections, watch_connections
 
