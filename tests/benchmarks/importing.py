@@ -20,7 +20,7 @@ from tokens_database import key
 
 from usage_middleware import SQLiteTokenStore
 from usage_middleware.cli import commands
-from usage_middleware.cli.transfer import BATCH
+from usage_middleware.cli.transfer.importing import BATCH
 
 _COLUMNS = ("key", "name", "total_available", "total_used", "unlimited_quota", "expires_at", "created_at")
 _INSERT = """

@@ -14,7 +14,7 @@ from command import SCRIPT
 from transferring import DIGEST, KEY, MOST, NOW, lines
 
 from usage_middleware import MemoryTokenStore, QuotaExceeded, SQLiteTokenStore, UsageMiddleware
-from usage_middleware.cli.records import read_csv, read_json_lines, write_csv, write_json_lines
+from usage_middleware.cli.transfer.records import read_csv, read_json_lines, write_csv, write_json_lines
 
 # --- Round trips
 
@@ -73,7 +73,7 @@ def test_a_round_trip_loses_nothing(tmp_path, make_source, make_target, write):
     with make_source(tmp_path / "source") as source, make_target(tmp_path / "target") as target:
         keys = fill(source)
         text, read = write(source.records())
-        records = [record for _, record in read(io.StringIO(text, newline=""), NOW)]
+        records = [record for _, record, _ in read(io.StringIO(text, newline=""), NOW)]
         target.create()  # its ids are other ones
         target.restore(records)
         target.delete(1)
@@ -120,10 +120,10 @@ def test_an_export_is_a_new_file_or_none(run, db):
         store.create()
     path = db.with_name("out.csv")
     path.write_text("precious")
-    assert "is there already" in run("export", "--output", "out.csv", status=2)[1]
+    assert "exists already" in run("export", "--output", "out.csv", status=2)[1]
     assert path.read_text() == "precious"
     assert "No such file" in run("export", "--output", "missing/out.csv", status=2)[1]
-    assert "nothing tells the format" in run("export", "--output", "out", status=2)[1]
+    assert "does not say which format" in run("export", "--output", "out", status=2)[1]
     with closing(sqlite3.connect(db)) as connection, connection:
         connection.execute("UPDATE tokens SET model_limits = '['")
     assert "damaged" in run("export", "--output", "new.csv", status=2)[1]
@@ -144,7 +144,7 @@ def test_an_export_has_no_key_and_says_so_only_where_it_should(run, db):
 
 def test_nobody_reads_on(db):
     with SQLiteTokenStore(db) as store:
-        store.restore([record for _, record in read_csv(lines(5000), NOW)])
+        store.restore([record for _, record, _ in read_csv(lines(5000), NOW)])
     process = subprocess.Popen([SCRIPT, "export"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with process:
         process.stdout.read(1)
@@ -204,7 +204,7 @@ def test_a_bar_is_shown_at_a_terminal(db):
 
 def test_memory_does_not_grow_with_the_rows(run, db, monkeypatch, full):
     """A part of the rows takes as much of it as all of them, if it is more than two pages of a store's tokens."""
-    monkeypatch.setattr("usage_middleware.cli.transfer.BATCH", 300)
+    monkeypatch.setattr("usage_middleware.cli.transfer.importing.BATCH", 300)
     count = 100_000 if full else 6000
     peaks = []
     for size in (count // 3, count):

@@ -21,17 +21,17 @@ from usage_middleware import SQLiteTokenStore
 def test_rows_are_told_by_the_line_on_which_they_begin(run, db):
     db.with_name("t.csv").write_bytes(
         b"\xef\xbb\xbfkey,name,total_available\r\n"
-        b'one,"two\nlines\n",5\r\n'
+        b'the-key-of-holder-one,"two\nlines\n",5\r\n'
         b"\r\n"
-        b"two,x,many\r\n"
+        b"the-key-of-holder-two,x,many\r\n"
         b",,\r\n"
-        b'three,"three\nlines\n",many\r\n'
-        b"four,caf\xe9,1\r\n"
-        b"five,1\r\n"
-        b"six,1,2,3\r\n"
-        b'seven,"a"b,1\r\n'
-        b"one,again,9\r\n"
-        b"sk-eight,last,8"
+        b'the-key-of-holder-three,"three\nlines\n",many\r\n'
+        b"the-key-of-holder-four,caf\xe9,1\r\n"
+        b"the-key-of-holder-five,1\r\n"
+        b"the-key-of-holder-six,1,2,3\r\n"
+        b'the-key-of-holder-seven,"a"b,1\r\n'
+        b"the-key-of-holder-one,again,9\r\n"
+        b"sk-the-key-of-holder-eight,last,8"
     )
     assert run("import", "t.csv", status=1)[1] == (
         "line 6: total_available must be a whole number, of digits alone\n"
@@ -39,7 +39,7 @@ def test_rows_are_told_by_the_line_on_which_they_begin(run, db):
         "line 11: name is not UTF-8 text\n"
         "line 12: has 2 fields where the header has 3\n"
         "line 13: has 4 fields where the header has 3\n"
-        "line 14: is no CSV: ',' expected after '\"'\n"
+        "line 14: is not CSV: ',' expected after '\"'\n"
         "2 imported, 1 already there, 6 bad.\n"
     )
     assert [(token.name, token.total_available) for token in tokens(db)] == [("two\nlines\n", 5), ("last", 8)]
@@ -47,8 +47,9 @@ def test_rows_are_told_by_the_line_on_which_they_begin(run, db):
 
 def test_json_lines(run, db):
     db.with_name("t.ndjson").write_bytes(
-        b'\xef\xbb\xbf{"key": "one", "total_used": 1}\r\n\n{"key": "two", "name": "caf\xe9"}\n{"key": "sk-one"}\n'
-        b'{"key": "three", "name": "\xe2\x80\xa8"}'
+        b'\xef\xbb\xbf{"key": "the-key-of-holder-one", "total_used": 1}\r\n\n'
+        b'{"key": "the-key-of-holder-two", "name": "caf\xe9"}\n{"key": "sk-the-key-of-holder-one"}\n'
+        b'{"key": "the-key-of-holder-three", "name": "\xe2\x80\xa8"}'
     )
     assert run("import", "t.ndjson", status=1) == (
         b"",
@@ -60,14 +61,20 @@ def test_json_lines(run, db):
 @pytest.mark.parametrize(
     ("name", "row"),
     [
-        pytest.param("t.csv", b"two," + b"x" * 100_000_000 + b"\n", id="CSV field"),
-        pytest.param("t.csv", b"two" + b"," * 100_000_000 + b"\n", id="CSV fields"),
-        pytest.param("t.csv", b'two,"' + b'""' * 50_000_000 + b'"\n', id="CSV quotes"),
-        pytest.param("t.jsonl", b'{"key": "two", "name": "' + b"x" * 100_000_000 + b'"}\n', id="JSON"),
+        pytest.param("t.csv", b"the-key-of-holder-two," + b"x" * 100_000_000 + b"\n", id="CSV field"),
+        pytest.param("t.csv", b"the-key-of-holder-two" + b"," * 100_000_000 + b"\n", id="CSV fields"),
+        pytest.param("t.csv", b'the-key-of-holder-two,"' + b'""' * 50_000_000 + b'"\n', id="CSV quotes"),
+        pytest.param(
+            "t.jsonl", b'{"key": "the-key-of-holder-two", "name": "' + b"x" * 100_000_000 + b'"}\n', id="JSON"
+        ),
     ],
 )
 def test_a_huge_line_is_bad_and_never_in_memory(run, db, name, row):
-    first, last = (b"key,name\n", b"three,c\n") if name == "t.csv" else (b'{"key": "one"}\n', b'{"key": "three"}\n')
+    first, last = (
+        (b"key,name\n", b"the-key-of-holder-three,c\n")
+        if name == "t.csv"
+        else (b'{"key": "the-key-of-holder-one"}\n', b'{"key": "the-key-of-holder-three"}\n')
+    )
     db.with_name(name).write_bytes(first + row + last)
     tracemalloc.start()
     try:
@@ -87,10 +94,10 @@ REFUSED = [
     ("t.csv", "key,total_avilable\n", "unknown column 'total_avilable'; known are key, digest, name,"),
     ("t.csv", "key,Name\n", "unknown column 'Name'"),
     ("t.csv", "key,name,key\n", "the column 'key' twice"),
-    ("t.csv", '"key\n', "the first line is no CSV"),
+    ("t.csv", '"key\n', "the first line is not CSV"),
     ("t.csv", "\udcff\udcfek\0e\0y\0\n\0", "first line"),
     ("t.jsonl", '[{"key": "canary"}]', "it is a JSON array"),
-    ("t.txt", "key\ncanary\n", "nothing tells what it is: known are .csv, .jsonl"),
+    ("t.txt", "key\ncanary\n", "it is not known what it holds; a file is read if its name ends with .csv, .jsonl"),
     ("folder", None, "Is a directory"),
     ("missing.csv", None, "No such file or directory"),
     ("-", None, "--format"),
@@ -123,14 +130,14 @@ def test_a_file_without_tokens(run, db, name, text):
 
 
 def test_format_goes_before_the_name(run, db):
-    db.with_name("t.csv").write_text('{"key": "one"}\n')
+    db.with_name("t.csv").write_text('{"key": "the-key-of-holder-one"}\n')
     assert "1 imported" in run("import", "--format", "jsonl", "t.csv")[1]
 
 
 def test_standard_input(db):
     done = subprocess.run(
         [SCRIPT, "import", "--format", "csv", "-"],
-        input=b"key,name\none,caf\xc3\xa9\n",
+        input=b"key,name\nthe-key-of-holder-one,caf\xc3\xa9\n",
         capture_output=True,
         check=True,
     )
@@ -140,20 +147,20 @@ def test_standard_input(db):
 
 def test_a_key_that_was_given_up_stays_so(run, db):
     with SQLiteTokenStore(db) as store:
-        store.create(key="deleted-key")
-        store.create(key="rotated-key")
+        store.create(key="deleted-key-of-a-holder")
+        store.create(key="rotated-key-of-a-holder")
         store.delete(1)
         store.rotate(2)
-    db.with_name("t.csv").write_text("key\ndeleted-key\nrotated-key\nnew-key\n")
+    db.with_name("t.csv").write_text("key\ndeleted-key-of-a-holder\nrotated-key-of-a-holder\nnew-key-of-a-holder\n")
     assert run("import", "--dry-run", "t.csv")[1] == "1 would be imported, 2 already there, 0 bad.\n"
     assert run("import", "t.csv")[1] == "1 imported, 2 already there, 0 bad.\n"
 
 
 def test_a_token_that_is_there_is_left_alone(run, db):
-    db.with_name("t.csv").write_text("key,name,total_available\none,First,5\n")
+    db.with_name("t.csv").write_text("key,name,total_available\nthe-key-of-holder-one,First,5\n")
     run("import", "t.csv")
     before = tokens(db)
-    db.with_name("t.csv").write_text("key,name,total_available\none,Second,7\n")
+    db.with_name("t.csv").write_text("key,name,total_available\nthe-key-of-holder-one,Second,7\n")
     assert run("import", "t.csv")[1] == "0 imported, 1 already there, 0 bad.\n"
     assert tokens(db) == before
 
@@ -163,9 +170,11 @@ def test_a_token_that_is_there_is_left_alone(run, db):
 
 def test_a_rehearsal_tells_what_the_import_then_does_and_writes_nothing(run, db, monkeypatch, tmp_path):
     # Two batches, and a key that comes again in the second.
-    monkeypatch.setattr("usage_middleware.cli.transfer.BATCH", 3)
+    monkeypatch.setattr("usage_middleware.cli.transfer.importing.BATCH", 3)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
-    db.with_name("t.csv").write_text("key,total_used\none,1\ntwo,2\nthree,x\none,1\nfour,4\nfour,4\n")
+    db.with_name("t.csv").write_text(
+        "key,total_used\nthe-key-of-holder-one,1\nthe-key-of-holder-two,2\nthe-key-of-holder-three,x\nthe-key-of-holder-one,1\nthe-key-of-holder-four,4\nthe-key-of-holder-four,4\n"
+    )
     (tmp_path / "temporary").mkdir()
     rehearsed = run("import", "--dry-run", "t.csv", status=1)[1]
     assert rehearsed.endswith("3 would be imported, 2 already there, 1 bad.\n")
@@ -178,9 +187,9 @@ def test_a_rehearsal_tells_what_the_import_then_does_and_writes_nothing(run, db,
 
 
 def test_a_rehearsal_does_not_need_to_write(run, db):
-    db.with_name("t.csv").write_text("key\none\ntwo\n")
+    db.with_name("t.csv").write_text("key\nthe-key-of-holder-one\nthe-key-of-holder-two\n")
     with SQLiteTokenStore(db) as store:
-        store.create(key="one")
+        store.create(key="the-key-of-holder-one")
         with store._connections.write():  # somebody is busy
             assert "1 would be imported, 1 already there" in run("import", "--dry-run", "t.csv")[1]
 
@@ -238,7 +247,7 @@ def test_the_same_command_goes_on_where_one_was_stopped(run, db, kill):
         assert process.returncode == 2
         told, stopped = err.splitlines()
         assert re.fullmatch(r"\d0,000 imported, 0 already there, 0 bad\.", told)
-        assert stopped == "Error: stopped; the same command goes on from there"
+        assert stopped == "Error: stopped; the same command continues from there"
     assert run("import", "t.csv")[1] == f"{count - there:,} imported, {there:,} already there, 0 bad.\n"
     assert [(token.name, token.total_available) for token in tokens(db)] == [
         (f"Token {number}", number) for number in range(count)
@@ -246,7 +255,7 @@ def test_the_same_command_goes_on_where_one_was_stopped(run, db, kill):
 
 
 def test_a_database_that_fails_on_the_way(run, db, monkeypatch):
-    monkeypatch.setattr("usage_middleware.cli.transfer.BATCH", 10)
+    monkeypatch.setattr("usage_middleware.cli.transfer.importing.BATCH", 10)
     db.with_name("t.csv").write_text("".join(lines(25)))
     with SQLiteTokenStore(db) as store:
         store.get_by_id(1)

@@ -28,9 +28,9 @@ def test_everything_that_create_takes(db):
     created = run_json(
         *("create", "--name", "Alice", "--total-available", 1000, "--unlimited-quota"),
         *("--model-limit", "gpt-4o=500", "--model-limit", "a=b=7", "--model-limit", "any"),
-        *("--expires", "2030-01-01", "--key", "sk-legacy-key-0001"),
+        *("--expires", "2030-01-01", "--key", "sk-legacy-key-of-a-holder-0001"),
     )
-    assert created.pop("key") == "sk-legacy-key-0001"
+    assert created.pop("key") == "sk-legacy-key-of-a-holder-0001"
     assert abs(created.pop("created_at") - time.time()) < 60
     assert created == {
         "id": 1,
@@ -44,13 +44,17 @@ def test_everything_that_create_takes(db):
         "model_limits": {"gpt-4o": 500, "a=b": 7, "any": True},
         "model_limits_enabled": True,
         "expires_at": 1893456000,
+        "renewal": "",
+        "renewal_quota": 0,
+        "renews_at": 0,
+        "held": 0,
     }
     assert {**run_json("show", 1), "created_at": 0} == {**created, "created_at": 0, "model_usage": {}}
 
 
 def test_a_key_is_read_from_standard_input(db, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("legacy-key-0001\n"))
-    assert run("create", "--key", "-")[0] == "sk-legacy-key-0001\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("legacy-key-of-a-holder-0001\n"))
+    assert run("create", "--key", "-")[0] == "sk-legacy-key-of-a-holder-0001\n"
 
 
 def test_list_is_a_table(db):
@@ -121,12 +125,12 @@ def test_show(db):
 )
 def test_a_bar_is_only_empty_or_full_where_that_is_true(used, granted, shown):
     token = Token(id=1, total_used=used, total_available=granted - used)
-    assert f"Used       {shown}" in list(describe(token, {}, NOW))
+    assert f"Used       {shown}" in list(describe(token, NOW, {}))
 
 
 def test_the_models_of_a_token_without_limits_are_shown_too():
     token = Token(id=1, total_used=5, unlimited_quota=True, model_limits={"listed": 10})
-    assert list(describe(token, {"listed": 5, "\u6a21\u578b": 7}, NOW))[-3:] == [
+    assert list(describe(token, NOW, {"listed": 5, "\u6a21\u578b": 7}))[-3:] == [
         "Models     any; the limits below are not enabled",
         "  listed  ██████████░░░░░░░░░░  5 of 10 (50 %)",
         "  \u6a21\u578b    7",

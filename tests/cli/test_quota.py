@@ -28,39 +28,58 @@ def test_charge_by_id_by_key_and_from_standard_input(db, monkeypatch):
     assert "canary" not in err
 
 
-def test_a_charge_with_an_operation_id_is_made_once(db):
+def test_a_charge_with_an_idempotency_key_is_made_once(db):
     run("create", "--quota", 100, "--model-limit", "gpt-4o=50")
     for _ in range(2):
-        charged = run_json("charge", 1, 50, "--model", "gpt-4o", "--operation-id", "first")
-        assert (charged["total_used"], charged["model_usage"]) == (50, {"gpt-4o": 50})
-    assert "another amount" in run("charge", 1, 49, "--model", "gpt-4o", "--operation-id", "first", status=2)[1]
+        charged = run_json("charge", 1, 50, "--model", "gpt-4o", "--idempotency-key", "first")
+        assert (charged["total_used"], charged["idempotency_key"]) == (50, "first")
+    assert "another amount" in run("charge", 1, 49, "--model", "gpt-4o", "--idempotency-key", "first", status=2)[1]
+    assert run_json("show", 1)["model_usage"] == {"gpt-4o": 50}
+
+
+def test_a_grant_with_an_idempotency_key_is_made_once(db):
+    run("create")
+    for _ in range(2):
+        assert run_json("grant", 1, 50, "--idempotency-key", "payment 7")["total_granted"] == 50
+    assert "another amount" in run("grant", 1, 49, "--idempotency-key", "payment 7", status=2)[1]
+
+
+def test_without_an_idempotency_key_each_call_is_one_of_its_own(db):
+    run("create")
+    keys = {run_json("grant", 1, 50)["idempotency_key"] for _ in range(2)}
+    assert len(keys) == 2
+    assert run_json("show", 1)["total_granted"] == 100
 
 
 def test_refund_gives_back(db):
     run("create", "--quota", 100)
-    run("charge", 1, 50, "--operation-id", "first")
+    run("charge", 1, 50)
+    (charge,) = run_json("history", 1)
     for _ in range(2):
-        assert run_json("refund", "first", 20, "--refund-id", "back")["total_used"] == 30
-    assert run_json("refund", "first")["total_used"] == 0
-    assert "left to refund" in run("refund", "first", 1, status=2)[1]
+        assert run_json("refund", charge["id"], 20, "--idempotency-key", "back")["total_used"] == 30
+    assert run_json("refund", charge["id"])["total_used"] == 0
+    assert "left to refund" in run("refund", charge["id"], 1, status=2)[1]
 
 
 def test_history_is_a_table_newest_first(db):
-    with SQLiteTokenStore(db) as store:
-        store._now = lambda: NOW
-        key = store.create(total_available=10_000)[0].removeprefix("sk-")
-        store.charge(key, 5000, model="gpt-4o", idempotency_key="first")
-        store._now = lambda: NOW + 60
-        store.reserve(key, 100, idempotency_key="second\x1b")
-        store.refund("first", 1000, idempotency_key="third")
+    now = NOW
+    with SQLiteTokenStore(db, clock=lambda: now) as store:
+        key = store.create(total_available=10_000)[0]
+        store.charge(key, 5000, model="gpt-4o")
+        (charge,) = store.history(1)
+        now = NOW + 60
+        reservation = store.reserve(key, 100, model="m\x1b", expires_in=10**8)
+        store.refund(charge, 1000)
+        refund = next(store.history(1))
+    space = " " * (len(f"of {charge.id}") - len("NOTE"))
     assert run("history", 1)[0].splitlines() == [
-        "WHEN                  KIND     AMOUNT   HELD  NOTE      MODEL   OPERATION",
-        "2027-01-15 08:01 UTC  refund    1,000         of first  gpt-4o  third",
-        "2027-01-15 08:01 UTC  reserve     100    100  open              second\ufffd",
-        "2027-01-15 08:00 UTC  charge    5,000  4,000            gpt-4o  first",
+        f"WHEN                  KIND     AMOUNT   HELD  NOTE{space}  MODEL   OPERATION",
+        f"2027-01-15 08:01 UTC  refund    1,000         of {charge.id}  gpt-4o  {refund.id}",
+        f"2027-01-15 08:01 UTC  reserve     100    100  open{space}  m\ufffd      {reservation.id}",
+        f"2027-01-15 08:00 UTC  charge    5,000  4,000  {space}      gpt-4o  {charge.id}",
     ]
     listed = run_json("history", 1)
-    assert [operation["id"] for operation in listed] == ["third", "second\x1b", "first"]
+    assert [operation["id"] for operation in listed] == [refund.id, reservation.id, charge.id]
     assert listed[-1]["held"] == 4000
 
 
@@ -68,13 +87,3 @@ def test_history_of_a_token_without_any(db):
     run("create")
     assert run_json("history", 1) == []
     assert len(run("history", 1)[0].splitlines()) == 1
-
-
-def test_prune_counts_what_it_forgot(db):
-    with SQLiteTokenStore(db) as store:
-        store._now = lambda: NOW
-        key = store.create(total_available=100)[0].removeprefix("sk-")
-        store.charge(key, 5)
-    assert "Forgot 0 operations" in run("prune", "--before", NOW)[1]
-    assert "Forgot 1 operation " in run("prune", "--older-than", NOW + 1)[1]
-    assert run_json("show", 1)["total_used"] == 5

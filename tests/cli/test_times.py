@@ -3,7 +3,7 @@
 import pytest
 from command import NOW
 
-from usage_middleware.cli.formats import format_time, parse_expiry, parse_time
+from usage_middleware.cli.times import format_time, parse_expiry, parse_time
 
 # --- Times
 
@@ -62,13 +62,13 @@ def test_times_that_have_passed(text, expected):
     ],
 )
 def test_times_that_are_not(text):
-    with pytest.raises(ValueError, match="is no time; write 30d"):
+    with pytest.raises(ValueError, match="is not a time; write 30d"):
         parse_time(text, NOW)
 
 
 @pytest.mark.parametrize("text", ["never", "0", "-1"])
 def test_never_is_no_time_that_has_passed(text):
-    with pytest.raises(ValueError, match="is no time"):
+    with pytest.raises(ValueError, match="is not a time"):
         parse_time(text, NOW, past=True)
 
 

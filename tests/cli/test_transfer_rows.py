@@ -8,7 +8,7 @@ import sys
 import pytest
 from transferring import DIGEST, KEY, MOST, NOW
 
-from usage_middleware.cli.records import read_csv, read_json_lines
+from usage_middleware.cli.transfer.records import read_csv, read_json_lines
 from usage_middleware.keys import key_digest
 
 # --- One row
@@ -18,7 +18,7 @@ def read_cell(**cells):
     """The record of one CSV row."""
     row = ",".join('"' + text.replace('"', '""') + '"' for text in cells.values())
     text = ",".join(cells) + "\n" + row + "\n"
-    ((_, record),) = read_csv(io.StringIO(text, newline=""), NOW)
+    ((_, record, _),) = read_csv(io.StringIO(text, newline=""), NOW)
     if isinstance(record, Exception):
         raise record
     return record
@@ -26,7 +26,7 @@ def read_cell(**cells):
 
 def read_object(**fields):
     """The record of one JSON line."""
-    ((_, record),) = read_json_lines([json.dumps(fields) + "\n"], NOW)
+    ((_, record, _),) = read_json_lines([json.dumps(fields) + "\n"], NOW)
     if isinstance(record, Exception):
         raise record
     return record
@@ -125,12 +125,12 @@ BAD_CELLS = [
     ("enabled", "on", "enabled must be true or false"),
     ("unlimited_quota", "2", "unlimited_quota must be true or false"),
     ("model_limits", "a,,b", "model_limits must have models that are names"),
-    ("model_limits", "{", "model_limits is no JSON"),
+    ("model_limits", "{", "model_limits is not JSON"),
     ("model_limits", '{"a": 1.5}', "model_limits must have 0 to"),
     ("model_limits", '{"a": -1}', "model_limits must have 0 to"),
     ("model_limits", '{"a": false}', "model_limits must have 0 to"),
     ("model_limits", '{"a": 9223372036854775808}', "model_limits must have 0 to"),
-    ("model_usage", "a", "model_usage is no JSON"),
+    ("model_usage", "a", "model_usage is not JSON"),
     ("model_usage", "[]", "model_usage must be a JSON object"),
     ("model_usage", '{"a": true}', "model_usage must have 0 to"),
     ("model_usage", json.dumps({"canary" * 50: 1}), "model_usage must be 1 to 255"),
@@ -198,9 +198,9 @@ def test_a_bad_field_of_json_is_named(field, value, reason):
 
 
 BAD_LINES = [
-    ("{", "no JSON"),
-    ("canary", "no JSON"),
-    ('{"key": "canary"} x', "no JSON"),
+    ("{", "not JSON"),
+    ("canary", "not JSON"),
+    ('{"key": "canary"} x', "not JSON"),
     ("5", "JSON object"),
     ("null", "JSON object"),
     ('["canary"]', "JSON object"),
@@ -217,7 +217,7 @@ BAD_LINES = [
 @pytest.mark.parametrize(("line", "reason"), [pytest.param(*case, id=case[0][:30]) for case in BAD_LINES])
 def test_a_line_that_is_no_token(line, reason):
     rows = list(read_json_lines(['{"key": "one"}\n', line + "\n", "\n", '{"key": "two"}'], NOW))
-    assert [number for number, _ in rows] == [1, 2, 4]
+    assert [number for number, _, _ in rows] == [1, 2, 4]
     assert isinstance(rows[1][1], ValueError)
     assert reason in str(rows[1][1])
     assert "canary" not in str(rows[1][1])

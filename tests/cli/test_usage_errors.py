@@ -44,13 +44,13 @@ WRONG = [
     (["create"], "--quota -1", "range"),
     (["create"], "--quota 9223372036854775808", "range"),
     (["create"], "--quota many", "not a valid integer"),
-    (["create"], "--expires soon", "'soon' is no time; write 30d"),
-    (["create"], "--expires 30", "'30' is no time; write 30d"),
+    (["create"], "--expires soon", "'soon' is not a time; write 30d"),
+    (["create"], "--expires 30", "'30' is not a time; write 30d"),
     (["create"], "--model-limit a=b", "MODEL=QUOTA"),
     (["create"], "--model-limit a=-1", "must not be negative"),
     (["create"], "--model-limit =1", "must be a name"),
     (["create"], "--key canary,key", "a key must be"),
-    (["create"], "--key canary-key-0001", "in use"),
+    (["create"], "--key canary-key-of-its-holder-0001", "in use"),
     (["grant"], "7 5", "there is no token 7"),
     (["grant"], "1 many", "not a valid integer"),
     (["grant"], "1 -5", "cannot be taken back"),
@@ -61,14 +61,14 @@ WRONG = [
     (["refund"], "unknown", "there is no operation 'unknown'"),
     (["history"], "7", "there is no token 7"),
     (["prune"], "", "Missing option '--before'"),
-    (["prune"], "--before soon", "'soon' is no time"),
+    (["prune"], "--before soon", "'soon' is not a time"),
     (["list"], "--db .", "is a directory"),
     (["create"], "--db missing/tokens.db", "there is no directory"),
     (["list"], "--db text", "not an SQLite database"),
     (["serve"], "--app wsgi", "module:attribute"),
     (["serve"], "--app no_such_module:application", "No module named 'no_such_module'"),
     (["serve"], "--app json:no_such_attribute", "cannot import json:no_such_attribute"),
-    (["serve"], "--app json:__name__", "no WSGI application"),
+    (["serve"], "--app json:__name__", "not a WSGI application"),
     (["serve"], "--app broken:application", "cannot import broken:application: ZeroDivisionError"),
     (["serve"], "--path usage", "path must begin with '/'"),
     (["serve"], "--allow-origin app.example", "allow_origins must hold origins"),
@@ -92,7 +92,7 @@ WRONG = [
 def test_wrong_input_is_one_line_and_status_2(db, tmp_path, command, rest, message):
     (tmp_path / "text").write_text("no database, but long enough to be read as the header of one" * 20)
     (tmp_path / "broken.py").write_text("1 / 0\n")
-    run("create", "--key", "canary-key-0001")
+    run("create", "--key", "canary-key-of-its-holder-0001")
     before = run("list", "--json")
     out, err = run(*command, *rest.split(), status=2)
     assert out == ""

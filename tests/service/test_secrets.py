@@ -505,19 +505,23 @@ def test_the_command_shows_it_once(watch, db, given, stdin, as_json):
     assert_no_trace("the rest", created.replace(KEY, ""))
     run("create", "--key", given, stdin=stdin, status=2)
     for args in (
-        ("charge", given, 5, "--operation-id", "first", *as_json),
+        ("charge", given, 5, "--idempotency-key", "first", *as_json),
         ("charge", 1, 5, *as_json),
         ("list", *as_json),
         ("show", 1, *as_json),
         ("history", 1, *as_json),
         ("update", 1, "--name", "Other", "--expires", "1y", *as_json),
         ("grant", 1, 5, *as_json),
-        ("refund", "first", *as_json),
-        ("prune", "--before", int(time.time()) + 10),
+        ("usage", 1, *as_json),
+        ("check", *as_json),
+        ("prune", "--before", int(time.time()), "--yes"),
         ("rotate", 1, *as_json),
         ("delete", 1, "--yes"),
     ):
         assert_no_trace(args[0], run(*args, stdin=stdin))
+        if args[0] == "charge":
+            charged = json.loads(run("history", 1, "--json"))[0]["id"]
+            assert_no_trace("refund", run("refund", charged, *as_json))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from usage_middleware import SQLiteTokenStore
 NOW = 1_800_000_000  # 2027-01-15 08:00:00 UTC
 
 
-KEY = "canary-key-0001"
+KEY = "canary-key-of-its-holder-0001"
 
 
 DIGEST = hashlib.sha256(KEY.encode()).hexdigest()

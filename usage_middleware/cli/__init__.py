@@ -1,4 +1,4 @@
-"""The command ``usage-middleware``: an operator's way to tokens, and a way to serve the endpoint.
+"""The command ``usage-middleware``: it manages tokens, moves quota, and serves the endpoint.
 
 Wrong input is one line on standard error and exit status 2, never a traceback.
 """
@@ -6,28 +6,38 @@ Wrong input is one line on standard error and exit status 2, never a traceback.
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import Final
 
 import click
 
-from . import check, formats, manage, quota, serve, transfer
-from .common import remember_database
+from . import check, demo, formats, history_commands, manage, quota, serve, usage_report
+from .db_option import ENVIRONMENT_VARIABLE, remember_database
+from .printing import say
+from .stopping import interrupt_in_order
+from .transfer import exporting, importing
+
+_FAILED: Final = 2
+_GROUPS: Final = (manage, quota, history_commands, usage_report, importing, exporting, check, serve, demo)
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--db",
     metavar="DATABASE",
-    envvar="USAGE_MIDDLEWARE_DB",
+    envvar=ENVIRONMENT_VARIABLE,
     expose_value=False,
     callback=remember_database,
-    help="A file, or the URL of a database server; may stand behind the command too.  [env var: USAGE_MIDDLEWARE_DB]",
+    help="A file, or the URL of a database server; it may also stand behind the command.  "
+    f"[env var: {ENVIRONMENT_VARIABLE}]",
 )
 @click.version_option(package_name="usage-middleware")
 @click.pass_context
 def commands(ctx: click.Context) -> None:
-    """Tokens with a quota, and the endpoint /api/usage/token that tells their holders what is left.
+    """Tokens with a quota, and the endpoint /api/usage/token that shows their holders what is left.
 
     Try 'usage-middleware demo' first.
     """
@@ -35,23 +45,40 @@ def commands(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for _command in (*manage.COMMANDS, *quota.COMMANDS, *transfer.COMMANDS, *check.COMMANDS, *serve.COMMANDS):
-    commands.add_command(_command)
+for _group in _GROUPS:
+    for _command in _group.COMMANDS:
+        commands.add_command(_command)
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs the command and ends the process: status 0, or 2 after a line that says what is wrong."""
+    """Run the command and end the process: with status 0, or with 2 after a line that says what is wrong."""
     for stream in (sys.stdout, sys.stderr):
-        # A name or a bar that the terminal's encoding does not have is no reason to fail.
+        # Never fail because the terminal cannot show a character.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        status = commands.main(args, prog_name="usage-middleware", standalone_mode=False)
+        with interrupt_in_order():
+            status = commands.main(args, prog_name="usage-middleware", standalone_mode=False)
+            sys.stdout.flush()
     except click.ClickException as error:
         message = error.format_message()
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         message = "stopped"
+    except OSError as error:  # of help and the like; a command says itself what it cannot read or write
+        message = f"cannot write to standard output: {error.strerror or error}"
     else:
         sys.exit(status if isinstance(status, int) else 0)
-    click.echo(f"Error: {formats.without_keys(' '.join(message.split()))}", err=True)
-    sys.exit(2)
+    say(f"Error: {formats.without_keys(' '.join(message.split()))}")
+    _discard_output()
+    sys.exit(_FAILED)
+
+
+def _discard_output() -> None:
+    """Drop what standard output could not take. Python would try once more as it ends, and fail with a text of its own
+    (docs.python.org/3/library/signal.html#note-on-sigpipe)."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())

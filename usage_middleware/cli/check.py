@@ -1,4 +1,4 @@
-"""The command that says what is well, and what is not."""
+"""The command that checks a database."""
 
 from __future__ import annotations
 
@@ -10,51 +10,82 @@ from typing import Final
 
 import click
 
+from ..operations import Operation
 from ..stores.base import QuotaStore
 from ..stores.findings import Finding, ok, warning
 from . import formats
-from .common import database_option, open_store
+from .arguments import json_option
+from .db_option import database_option, open_store
+from .printing import echo, print_json_array
+from .tables import printable
+from .times import format_time
 
 _MARKS: Final = {"ok": "ok      ", "warning": "warning ", "problem": "PROBLEM "}
+_MOST_RESERVATIONS: Final = 20  # that are listed one by one
 
 
 @click.command()
 @database_option
-def check() -> int:
-    """Say line by line what is well with a database, and what is not.
+@json_option
+def check(as_json: bool) -> int:
+    """Check a database and print one line per finding.
 
-    Exit status: 0 where nothing is wrong, warnings included; 1 with a problem; 2 where it cannot be opened at all.
+    Exit status: 0 if nothing is wrong, warnings included; 1 with a problem; 2 if it cannot be opened at all.
     """
     worst = 0
-    with open_store() as store:
-        store.get_by_id(1)  # as the middleware does: what it refuses is refused here
-        click.echo(f"{_MARKS['ok']}opens, and its tables are those of this version")
-        for finding in chain(store.health(), _tokens(store, time.time()), _reservations(store, time.time())):
-            click.echo(_MARKS[finding.level] + formats.printable(finding.text))
+
+    def seen(findings: Iterator[Finding]) -> Iterator[Finding]:
+        nonlocal worst
+        for finding in findings:
             worst = max(worst, finding.level == "problem")
+            yield finding
+
+    with open_store(read_only=True) as store:
+        store.get_by_id(1)  # as the middleware does: what it refuses is refused here
+        findings = seen(_findings(store, time.time()))
+        if as_json:
+            print_json_array({"level": finding.level, "text": finding.text} for finding in findings)
+        else:
+            for finding in findings:
+                echo(_MARKS[finding.level] + printable(finding.text))
     return int(worst)
 
 
+def _findings(store: QuotaStore, now: float) -> Iterator[Finding]:
+    yield ok("opens, and its tables are those of this version")
+    yield from chain(store.health(), _tokens(store, now), _reservations(store, now))
+
+
 def _tokens(store: QuotaStore, now: float) -> Iterator[Finding]:
-    states = Counter(formats.state(token, now) for token in store.tokens())
-    counts = ", ".join(f"{states[state]:,} {state}" for state in formats.STATES if states[state])
+    states = Counter(formats.token_state(token, now) for token in store.tokens())
+    counts = ", ".join(f"{states[state]:,} {state}" for state in formats.TOKEN_STATES if states[state])
     yield ok(f"tokens: {counts or 'none'}")
 
 
 def _reservations(store: QuotaStore, now: float) -> Iterator[Finding]:
     lapsed = units = count = 0
+    listed: list[Operation] = []
     for operation in store.open_reservations():
         count += 1
         if operation.has_lapsed(now):
             lapsed += 1
             units += operation.held
-    if lapsed:
-        yield warning(
-            f"open reservations: {count:,}, of which {lapsed:,} have lapsed and hold {units:,} quota units until their "
-            "tokens are charged again; 'usage-middleware prune' gives them back"
-        )
-    else:
+            if len(listed) < _MOST_RESERVATIONS:
+                listed.append(operation)
+    if not lapsed:
         yield ok(f"open reservations: {count:,}, none of which has lapsed")
+        return
+    yield warning(
+        f"open reservations: {count:,}, of which {lapsed:,} have lapsed and hold {units:,} quota units until their "
+        "tokens are charged again; 'usage-middleware settle OPERATION AMOUNT' sets what one came to, and 0 releases it"
+    )
+    for operation in listed:
+        yield warning(
+            f"operation {operation.id} of token {operation.token_id} holds {operation.held:,} quota units and lapsed "
+            f"on {format_time(int(operation.expires_at or 0))}"
+        )
+    if lapsed > len(listed):
+        yield warning(f"{lapsed - len(listed):,} more have lapsed")
 
 
 COMMANDS = (check,)

@@ -1,33 +1,22 @@
-"""The commands that move quota."""
+"""The commands that move quota.
+
+Each has an idempotency key, if its operator names none a new one: if the connection is lost in COMMIT, the outcome is
+unknown, and the command that is printed then makes sure of it.
+"""
 
 from __future__ import annotations
 
-import sys
-import time
+import uuid
+from typing import Any
 
 import click
 
 from ..checks import MAX_INTEGER
-from ..keys import strip_prefix
-from . import formats
-from .common import (
-    database_option,
-    find_token,
-    json_option,
-    open_store,
-    print_json_array,
-    print_token,
-    token_id_argument,
-)
+from .arguments import UNITS, idempotency_key_option, json_option, line_of_standard_input, token_id_argument
+from .db_option import database_option, open_store
+from .printing import committed, print_token, repeatable
 
-_units = click.IntRange(0, MAX_INTEGER)
-
-
-def _past_time(text: str) -> int:
-    try:
-        return formats.parse_time(text, time.time(), past=True)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
+_STANDARD_INPUT = "-"
 
 
 # A negative amount is not an option.
@@ -35,97 +24,114 @@ def _past_time(text: str) -> int:
 @database_option
 @token_id_argument
 @click.argument("amount", type=click.IntRange(-MAX_INTEGER, MAX_INTEGER))
+@idempotency_key_option("grant")
 @json_option
-def grant(token_id: int, amount: int, as_json: bool) -> None:
+def grant(token_id: int, amount: int, idempotency_key: str | None, as_json: bool) -> None:
     """Grant a token more quota units.
 
     A negative AMOUNT takes back what is available, never more.
     """
+    key = idempotency_key or _new_key()
     with open_store() as store:
-        print_token(store, store.grant(token_id, amount), as_json)
+        with repeatable("grant", "--idempotency-key", key, token_id, amount):
+            token = store.grant(token_id, amount, idempotency_key=key)
+        with committed(f"{amount:,} quota units were granted to token {token_id}, with the idempotency key {key}"):
+            print_token(token, as_json, idempotency_key=key)
 
 
 @click.command()
 @database_option
 @click.argument("token", metavar="ID|KEY")
-@click.argument("amount", type=_units)
+@click.argument("amount", type=UNITS)
 @click.option("--model", help="The model that is charged for.")
-@click.option("--operation-id", help="Names the charge: repeated with the same, it is made once.")
+@click.option("--input-tokens", type=UNITS, default=0, help="How many tokens it read; for usage by day.")
+@click.option("--output-tokens", type=UNITS, default=0, help="How many tokens it wrote; for usage by day.")
+@idempotency_key_option("charge")
 @json_option
-def charge(token: str, amount: int, model: str | None, operation_id: str | None, as_json: bool) -> None:
+def charge(
+    token: str,
+    amount: int,
+    model: str | None,
+    input_tokens: int,
+    output_tokens: int,
+    idempotency_key: str | None,
+    as_json: bool,
+) -> None:
     """Charge a token, named by its id or its key.
 
     A KEY begins with sk-; '-' reads it from standard input, where no other user of the machine sees it.
     """
-    if token == "-":
-        token = sys.stdin.readline().strip()
-        by_id = False
-    else:
-        by_id = token.isdecimal()
+    key = idempotency_key or _new_key()
+    shown = token if token.isdecimal() or token == _STANDARD_INPUT else "KEY"
+    if token == _STANDARD_INPUT:
+        token = line_of_standard_input("a key").strip()
+    options = ["--idempotency-key", key, *_words(model=model, input_tokens=input_tokens, output_tokens=output_tokens)]
+    arguments: dict[str, Any] = {
+        "input_tokens": input_tokens,
+        "output_tokens": output_tokens,
+        "model": model,
+        "idempotency_key": key,
+    }
     with open_store() as store:
-        if by_id:
-            charged = store.charge_by_id(int(token), amount, model=model, idempotency_key=operation_id)
-        else:
-            charged = store.charge(strip_prefix(token), amount, model=model, idempotency_key=operation_id)
-        print_token(store, charged, as_json)
+        with repeatable("charge", *options, shown, amount):
+            if shown.isdecimal():
+                charged = store.charge_by_id(int(token), amount, **arguments)
+            else:
+                charged = store.charge(token, amount, **arguments)
+        with committed(f"{amount:,} quota units were charged to token {charged.id}, with the idempotency key {key}"):
+            print_token(charged, as_json, idempotency_key=key)
 
 
 @click.command()
 @database_option
 @click.argument("operation_id", metavar="OPERATION")
-@click.argument("amount", type=_units, required=False)
-@click.option("--refund-id", help="Names the refund: repeated with the same, it is made once.")
+@click.argument("amount", type=UNITS)
+@click.option("--input-tokens", type=UNITS, default=0, help="How many tokens the model read; for usage by day.")
+@click.option("--output-tokens", type=UNITS, default=0, help="How many tokens it wrote; for usage by day.")
 @json_option
-def refund(operation_id: str, amount: int | None, refund_id: str | None, as_json: bool) -> None:
+def settle(operation_id: str, amount: int, input_tokens: int, output_tokens: int, as_json: bool) -> None:
+    """Settle a reservation with the AMOUNT that it came to; 0 releases it.
+
+    OPERATION is what 'history' shows in its last column; 'check' lists the reservations whose time has passed.
+    """
+    with open_store() as store:
+        # It needs no idempotency key: the same one changes nothing when it is repeated.
+        options = _words(input_tokens=input_tokens, output_tokens=output_tokens)
+        with repeatable("settle", *options, operation_id, amount):
+            token = store.settle(operation_id, amount, input_tokens=input_tokens, output_tokens=output_tokens)
+        with committed(f"operation {operation_id} was settled with {amount:,} quota units"):
+            print_token(token, as_json)
+
+
+@click.command()
+@database_option
+@click.argument("operation_id", metavar="OPERATION")
+@click.argument("amount", type=UNITS, required=False)
+@idempotency_key_option("refund")
+@json_option
+def refund(operation_id: str, amount: int | None, idempotency_key: str | None, as_json: bool) -> None:
     """Refund a charge, or a part of it.
 
     OPERATION is what 'history' shows in its last column. Without an AMOUNT, all that is left of the charge is given
     back.
     """
+    key = idempotency_key or _new_key()
     with open_store() as store:
-        print_token(store, store.refund(operation_id, amount, idempotency_key=refund_id), as_json)
+        with repeatable("refund", "--idempotency-key", key, operation_id, *([] if amount is None else [amount])):
+            token = store.refund(operation_id, amount, idempotency_key=key)
+        what = "all that was left" if amount is None else f"{amount:,} quota units"
+        with committed(f"{what} of operation {operation_id} was given back, with the idempotency key {key}"):
+            print_token(token, as_json, idempotency_key=key)
 
 
-@click.command()
-@database_option
-@token_id_argument
-@json_option
-def history(token_id: int, as_json: bool) -> None:
-    """List the operations of a token, the newest first.
-
-    AMOUNT is what an operation came to, HELD what a charge still holds after refunds.
-    """
-    with open_store() as store:
-        find_token(store, token_id)
-        operations = store.history(token_id)
-        if as_json:
-            print_json_array(map(formats.operation_as_object, operations))
-        else:
-            for line in formats.operation_table(operations):
-                click.echo(line)
+def _words(**options: object) -> list[object]:
+    """Return the options of a command that are not left out."""
+    given = ((f"--{name.replace('_', '-')}", value) for name, value in options.items() if value)
+    return [word for option in given for word in option]
 
 
-@click.command()
-@database_option
-@click.option(
-    "--before",
-    "--older-than",
-    "before",
-    metavar="TIME",
-    type=_past_time,
-    required=True,
-    help="How old: 90d, 12h, 2027-01-01, '2027-01-01 18:30' (UTC), or Unix seconds.",
-)
-def prune(before: int) -> None:
-    """Forget finished operations that are older than a time.
-
-    No total changes. What is forgotten cannot be refunded any more, and a call that repeats it counts anew: keep more
-    than the time in which a client may try again.
-    """
-    with open_store() as store:
-        count = store.prune(before)
-    noun = "operation" if count == 1 else "operations"
-    click.echo(f"Forgot {count:,} {noun} from before {formats.format_time(before)}.", err=True)
+def _new_key() -> str:
+    return f"command-{uuid.uuid4().hex}"
 
 
-COMMANDS = (grant, charge, refund, history, prune)
+COMMANDS = (grant, charge, settle, refund)

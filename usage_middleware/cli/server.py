@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import click
 from werkzeug.serving import WSGIRequestHandler, make_server, select_address_family
 from werkzeug.utils import ImportStringError, import_string
 
-from .formats import printable, without_keys
+from .formats import without_keys
+from .printing import say
+from .stopping import Stop
+from .tables import printable
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
 
+class CannotListen(Exception):
+    """An address on which this process cannot listen."""
+
+
 class _RequestHandler(WSGIRequestHandler):
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        # Without the query, where a key may stand although it should not, and without the size, which says nothing.
+        # Without the query, which may hold a key although it should not, and without the size, which says nothing.
         path = getattr(self, "path", "").partition("?")[0]
         method = self.command or "-"
-        click.echo(f'{self.address_string()} "{without_keys(printable(f"{method} {path}"))}" {int(code)}', err=True)
+        say(f'{self.address_string()} "{without_keys(printable(f"{method} {path}"))}" {int(code)}')
 
     def log_error(self, *_: Any) -> None:
         # The arguments quote what could not be understood, which may be a key in the wrong place.
-        click.echo(f"{self.address_string()} sent a request that is no HTTP", err=True)
+        say(f"{self.address_string()} sent a request that is not HTTP")
 
 
 def load_application(name: str) -> WSGIApplication:
-    """The WSGI application that ``module:attribute`` names, looked for in the working directory too.
+    """Return the WSGI application that ``module:attribute`` names, looked for in the working directory too.
 
     :raises ValueError: there is none; the message says why in one line.
     """
@@ -48,36 +52,39 @@ def load_application(name: str) -> WSGIApplication:
         reason = error
     else:
         if not callable(application):
-            raise ValueError(f"{name} is {type(application).__name__}, which is no WSGI application")
+            raise ValueError(f"{name} is of the type {type(application).__name__}, not a WSGI application")
         return application  # type: ignore[no-any-return]
     text = str(reason).partition("\n")[0]
     raise ValueError(f"cannot import {name}: {type(reason).__name__}: {text}") from None
 
 
-def serve(application: WSGIApplication, host: str, port: int, ready: Callable[[str], None]) -> None:
-    """Serves until the process is interrupted or asked to terminate. To be called by the main thread.
+def serve(application: WSGIApplication, host: str, port: int, ready: Callable[[str], None], stop: Stop) -> None:
+    """Serve until ``stop`` is requested.
 
     :param ready: is called with the server's URL when requests are taken.
-    :raises OSError: the address cannot be had.
+    :raises CannotListen: the address cannot be had; the message says why, and does not name it again.
     """
-    family = select_address_family(host, port)
-    # A socket of our own: werkzeug ends the process where it cannot bind one.
-    with socket.create_server((host, port), family=family) as listener:
+    with _listener(host, port) as listener:
         port = listener.getsockname()[1]
         server = make_server(
             host, port, application, threaded=True, request_handler=_RequestHandler, fd=listener.fileno()
         )
-
-    def stop(*_: object) -> None:
-        # An exception that a handler raises is lost where Python ignores exceptions, in a finalizer say. It waits for
-        # the loop that this thread is in, so another has to ask for it.
-        threading.Thread(target=server.shutdown, daemon=True).start()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
     shown = f"[{host}]" if ":" in host else host
     try:
         ready(f"http://{shown}:{port}")
+        # If it was requested meanwhile, the loop below ends at its first look.
+        stop.call(server.shutdown)
         server.serve_forever()
     finally:
         server.server_close()
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    """Return a listening socket of our own: werkzeug ends the process if it cannot bind one."""
+    try:
+        return socket.create_server((host, port), family=select_address_family(host, port))
+    except OSError as error:
+        # Python adds the address to the system's text. A name that cannot be resolved has numbers of its own.
+        if error.errno is None or isinstance(error, socket.gaierror):
+            raise CannotListen(error.strerror or str(error)) from None
+        raise CannotListen(os.strerror(error.errno)) from None

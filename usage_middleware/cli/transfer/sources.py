@@ -13,16 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
-from .. import stores
-from ..errors import DamagedToken, StoreError
-from ..stores.storable import check_record
-from ..tokens import TokenRecord
-from .fields import LINE_LIMIT, BadRow
-from .records import UnreadableSource, read_csv, read_json_lines, reason
+from ... import stores
+from ...errors import DamagedToken, StoreError
+from ...stores.storable import check_record
+from ...tokens import TokenRecord
+from ..db_option import NO_TOKENS, has_tables
+from .fields import BadRow
+from .records import LINE_LIMIT, Row, UnreadableSource, read_csv, read_json_lines, reason, too_long
 
-_Rows = Iterator[tuple[int, TokenRecord | BadRow]]
-
-FORMATS: Final[Mapping[str, Callable[[Iterable[str], float], _Rows]]] = {"csv": read_csv, "jsonl": read_json_lines}
+FORMATS: Final[Mapping[str, Callable[[Iterable[str], float], Iterator[Row]]]] = {
+    "csv": read_csv,
+    "jsonl": read_json_lines,
+}
 _SUFFIXES: Final = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}
 _SQLITE_MAGIC: Final = b"SQLite format 3\0"  # sqlite.org/fileformat.html, section 1.3
 
@@ -33,9 +35,8 @@ class Source:
 
     #: What the number of a row counts.
     unit: str
-    #: The number of a row, and its token or why it is none.
-    rows: _Rows
-    #: How much there is to read, in bytes or in rows; ``None``: nobody knows.
+    rows: Iterator[Row]
+    #: How much there is to read, in bytes or in rows; ``None`` if it is not known.
     length: Callable[[], int | None]
     #: How much of it has been read.
     position: Callable[[], int]
@@ -50,15 +51,15 @@ class _Database(Protocol):
 
 
 def format_of(name: str) -> str | None:
-    """The format that a file's name tells."""
+    """Return the format that a file's name says; ``None`` if it says none."""
     return _SUFFIXES.get(Path(name).suffix.lower())
 
 
 def open_source(text: str, format_name: str | None) -> AbstractContextManager[Source]:
-    """Opens what ``text`` names: a file, ``-`` for standard input, or a database by its file or its URL.
+    """Open what ``text`` names: a file, ``-`` for standard input, or a database by its file or its URL.
 
-    :param format_name: a key of :data:`FORMATS`; left out, the file tells.
-    :raises UnreadableSource: it cannot be opened, or nothing tells what it is.
+    :param format_name: a key of :data:`FORMATS`; if it is left out, the file's name or its first bytes decide.
+    :raises UnreadableSource: it cannot be opened, or it is not known what it is.
     """
     if text == "-":
         if format_name is None:
@@ -76,37 +77,38 @@ def open_source(text: str, format_name: str | None) -> AbstractContextManager[So
     if format_name is not None:
         return _text_source(file, format_name)
     with file:
-        if file.peek(len(_SQLITE_MAGIC)).startswith(_SQLITE_MAGIC):
-            return _database_source(_open_database(text))
+        is_database = file.peek(len(_SQLITE_MAGIC)).startswith(_SQLITE_MAGIC)
+    if is_database:
+        return _database_source(_open_database(text))
     raise UnreadableSource(
-        f"nothing tells what it is: known are {', '.join(_SUFFIXES)}, SQLite databases and database URLs; "
-        "for another file name --format csv or --format jsonl"
+        f"it is not known what it holds; a file is read if its name ends with {', '.join(_SUFFIXES)}, if it is an "
+        "SQLite database, or with --format csv or --format jsonl"
     )
 
 
 def _open_database(text: str) -> _Database:
     try:
         database: _Database = stores.open_and_ask(text, read_only=True)
-        if not hasattr(database, "has_tables") or database.has_tables():
+        if has_tables(database):
             return database
         database.close()
     except (StoreError, ValueError, ImportError) as error:
         raise UnreadableSource(str(error)) from None
-    raise UnreadableSource("this database has no tokens")
+    raise UnreadableSource(NO_TOKENS)
 
 
 @contextmanager
 def _database_source(database: _Database) -> Iterator[Source]:
     read = 0
 
-    def rows() -> _Rows:
+    def rows() -> Iterator[Row]:
         nonlocal read
         for record in database.records():
             read += 1
             if isinstance(record, DamagedToken):
-                yield record.token_id, BadRow(record.reason)
+                yield Row(record.token_id, BadRow(record.reason))
             else:
-                yield record.token.id or read, _checked(record)
+                yield Row(record.token.id or read, _checked(record))
 
     with closing(database):
         yield Source("token", rows(), database.count, lambda: read)
@@ -121,8 +123,8 @@ def _checked(record: TokenRecord) -> TokenRecord | BadRow:
 
 @contextmanager
 def _text_source(file: BinaryIO, format_name: str) -> Iterator[Source]:
-    # A byte that is no UTF-8 becomes what no text may have, so that only its row is bad. A spreadsheet may have put a
-    # BOM in front. The csv module wants the ends of lines as they are; JSON lines end with LF alone.
+    # A byte that is not UTF-8 becomes a character that no text may have, so that only its row is bad. A spreadsheet may
+    # have put a BOM in front. The csv module wants the ends of lines as they are; JSON lines end with LF alone.
     newline = "" if format_name == "csv" else "\n"
     with file, io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as text:
         rows = FORMATS[format_name](_lines(text), time.time())
@@ -130,12 +132,13 @@ def _text_source(file: BinaryIO, format_name: str) -> Iterator[Source]:
 
 
 def _lines(text: io.TextIOBase) -> Iterator[str]:
-    """The lines of a text. Of one that is longer than any that is good, only the beginning."""
+    """Yield the lines of a text; of one that is too long, only as much as shows that."""
+    most = LINE_LIMIT + 1
     try:
-        while line := text.readline(LINE_LIMIT):
+        while line := text.readline(most):
             yield line
-            while len(line) == LINE_LIMIT and line[-1] not in "\r\n":
-                line = text.readline(LINE_LIMIT)
+            while too_long(line) and line[-1] not in "\r\n":
+                line = text.readline(most)
     except OSError as error:
         raise UnreadableSource(error.strerror or "it cannot be read") from None
 

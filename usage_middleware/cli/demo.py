@@ -1,0 +1,55 @@
+"""The command that shows the package at work."""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+import time
+from pathlib import Path
+
+import click
+from werkzeug.exceptions import NotFound
+
+from ..stores.sqlite.sqlite_store import SQLiteTokenStore
+from ..wsgi.middleware import UsageMiddleware
+from .printing import echo, program
+from .serve import host_option, listen, port_option
+from .stopping import stop_in_order
+
+
+@click.command()
+@host_option
+@port_option
+def demo(host: str, port: int) -> None:
+    """Make a small database, print a curl line for it, and serve it.
+
+    The database is a temporary one and is removed when the command is stopped.
+    """
+    # The signals come first: from here on, none of them ends the process before its folder is removed.
+    with stop_in_order() as stop, tempfile.TemporaryDirectory(prefix="usage-middleware-") as directory:
+        path = Path(directory, "tokens.db")
+        with SQLiteTokenStore(path) as store:
+            key, _ = store.create(
+                name="Demo Token", total_available=1_000_000, model_limits={"gpt-4o-mini": 500_000, "gpt-4o": True}
+            )
+            # As if it had been in use: the documented example has these totals.
+            store.charge(key, 12_345, model="gpt-4o-mini")
+            unlimited, _ = store.create(name="Unlimited Token", unlimited_quota=True)
+            expired, _ = store.create(name="Expired Token", total_available=5000, expires_at=int(time.time()) - 86400)
+
+            def ready(url: str) -> None:
+                database = shlex.quote(str(path))
+                echo("Ask for what is left of a token:\n")
+                for title, shown in (("", key), ("unlimited", unlimited), ("expired", expired)):
+                    comment = f"  # {title}" if title else ""
+                    echo(f"  curl -H 'Authorization: Bearer {shown}' {url}/api/usage/token{comment}")
+                echo("\nCharge it from another shell and ask again, or look at all tokens:\n")
+                echo(f"  {program()} charge --db {database} 1 1000")
+                echo(f"  {program()} list --db {database}\n")
+                echo("Ctrl-C stops the demonstration and removes its database.")
+
+            if not stop.is_requested:
+                listen(UsageMiddleware(NotFound(), store), host, port, ready, stop)
+
+
+COMMANDS = (demo,)

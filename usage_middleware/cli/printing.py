@@ -1,0 +1,140 @@
+"""What a command prints, also if it cannot: a result on standard output, all else on standard error.
+
+What a store has committed is printed first and from what the call returned, without another look at the database. If
+even that fails, the error says what was done.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, Final
+
+import click
+
+from ..errors import StoreError
+from ..tokens import Token
+from . import formats
+from .db_option import typed_database
+
+_NAME: Final = "usage-middleware"
+
+
+def echo(text: str) -> None:
+    """Print a line of the result on standard output."""
+    try:
+        click.echo(text)
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # click ends quietly if the reader has gone
+            raise
+        raise _CannotPrint(error) from None
+
+
+def say(text: object) -> None:
+    """Print a line for a person on standard error. If nothing can be written there, no one could read why."""
+    with suppress(OSError):
+        click.echo(text, err=True)
+
+
+class _CannotPrint(click.ClickException):
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"cannot write to standard output: {error.strerror or error}")
+
+
+def print_json(value: Any) -> None:
+    echo(json.dumps(value, ensure_ascii=False))
+
+
+def print_json_array(objects: Iterable[Any]) -> None:
+    """Print a JSON array, each object on a line of its own as it comes."""
+    line = None
+    for item in objects:
+        if line is not None:
+            echo(f"{line},")
+        line = f"{'[' if line is None else ' '}{json.dumps(item, ensure_ascii=False)}"
+    echo("[]" if line is None else f"{line}]")
+
+
+@contextmanager
+def committed(what: str) -> Iterator[None]:
+    """Say what was committed, if it cannot be printed within the context.
+
+    :param what: a sentence without its full stop, and what the operator can do about the missing output.
+    """
+    try:
+        yield
+    except (OSError, _CannotPrint) as error:
+        reason = error.message if isinstance(error, _CannotPrint) else str(_CannotPrint(error).message)
+        raise click.ClickException(f"{reason}; but {what}") from None
+
+
+@contextmanager
+def advise(advice: str) -> Iterator[None]:
+    """If a call fails or is interrupted, add what to do: its connection may have been lost just after it was committed.
+
+    :param advice: a sentence without its full stop.
+    """
+    try:
+        yield
+    except StoreError as error:
+        raise click.ClickException(f"{error}. {advice}") from None
+    except KeyboardInterrupt:
+        raise click.ClickException(f"stopped. {advice}") from None
+
+
+def repeatable(*words: object) -> AbstractContextManager[None]:
+    """If a call fails or is interrupted, print the command that repeats it without a second effect.
+
+    :param words: the command's name, arguments and options. A key among them is given as ``KEY``.
+    """
+    return advise(f"This makes sure that it is done, and only once: {command(*words)}")
+
+
+def command(*words: object) -> str:
+    """Return a command of this program as a shell takes it, from whichever directory."""
+    database = typed_database()
+    # A password in a URL is not shown.
+    known = database is None or "://" not in database or "@" not in database
+    options = [] if database is None else ["--db", database if known else "DATABASE"]
+    return " ".join([program(), *(shlex.quote(str(word)) for word in (*words, *options))])
+
+
+def program() -> str:
+    """Return the path of this program, quoted for a shell; its name if it was not started as a program."""
+    path = os.path.abspath(sys.argv[0])
+    return shlex.quote(path) if os.path.basename(path) == _NAME and os.access(path, os.X_OK) else _NAME
+
+
+def print_key(key: str, token: Token, as_json: bool) -> None:
+    """Print a new key, this once: alone on standard output, so that a script can take it."""
+    if as_json:
+        print_json({"key": key, **formats.as_object(token)})
+        return
+    echo(key)
+    say(f"This is the key of token {token.id}. Keep it: it is not stored and cannot be shown again.")
+
+
+def print_token(
+    token: Token, as_json: bool, model_usage: Mapping[str, int] | None = None, *, idempotency_key: str | None = None
+) -> None:
+    """Print what is known of a token.
+
+    :param model_usage: what each model has used, if that is known.
+    :param idempotency_key: of the call that returned the token, for programs.
+    """
+    if as_json:
+        more = {"model_usage": model_usage, "idempotency_key": idempotency_key}
+        print_json({**formats.as_object(token), **{name: value for name, value in more.items() if value is not None}})
+        return
+    print_lines(formats.describe(token, time.time(), model_usage))
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        echo(line)

@@ -1,0 +1,1 @@
+"""The commands that move tokens between stores, and what they share."""

@@ -1,0 +1,121 @@
+"""The command that writes tokens to a file."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import click
+
+from ...stores.base import QuotaStore
+from ...tokens import TokenRecord
+from ..db_option import database_option, open_store
+from ..printing import say
+from .progress import Progress
+from .records import LINE_LIMIT, too_long, write_csv, write_json_lines
+from .sources import FORMATS, format_of
+
+_WRITERS: Final[Mapping[str, Callable[[Iterable[TokenRecord]], Iterator[str]]]] = {
+    "csv": write_csv,
+    "jsonl": write_json_lines,
+}
+_STEP: Final = 1000  # tokens between two moves of the bar
+
+
+@click.command()
+@database_option
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(list(FORMATS)),
+    help="What to write.  [default: what the name of --output says, or jsonl]",
+)
+@click.option("--output", metavar="FILE", help="Where to write to, a new file.  [default: standard output]")
+def export(format_name: str | None, output: str | None) -> None:
+    """Export all tokens, as 'import' takes them.
+
+    An export holds digests and no keys: in the store that imports it, the holders' keys work as before. Usage by day
+    and model goes along. What open reservations hold counts as used, and the history stays behind.
+    """
+    format_name = format_name or (format_of(output) if output else "jsonl")
+    if format_name is None:
+        raise click.UsageError(
+            f"the name {output} does not say which format to write; add --format csv or --format jsonl"
+        )
+    try:
+        with open_store(read_only=True) as store:
+            if output:
+                with _new_file(Path(output)) as file, Progress("Exporting", store.count) as progress:
+                    count = _write(store, format_name, file, progress)
+            else:
+                # No bar: at a terminal the tokens themselves show how it goes.
+                with Progress("", lambda: None) as progress:
+                    count = _write(store, format_name, sys.stdout.buffer, progress)
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # click ends quietly if the reader has gone
+            raise
+        raise click.ClickException(f"cannot write {output or 'to standard output'}: {_text_of(error)}") from None
+    say(f"{count:,} exported{f' to {output}' if output else ''}.")
+
+
+def _write(store: QuotaStore, format_name: str, file: BinaryIO, progress: Progress) -> int:
+    """Write all tokens, and return how many there were."""
+    count = 0
+    token_id = None
+
+    def position() -> int:
+        return count
+
+    def counted() -> Iterator[TokenRecord]:
+        nonlocal count, token_id
+        for record in store.records():
+            token_id = record.token.id
+            yield record
+            count += 1
+            if count % _STEP == 0:
+                progress.move(position)
+
+    for line in _WRITERS[format_name](counted()):
+        if too_long(line):
+            raise click.UsageError(
+                f"the usage by day of token {token_id} takes more than the {LINE_LIMIT:,} characters of a line; "
+                "'usage-middleware import' copies it from database to database, without a file"
+            )
+        # UTF-8 whatever the terminal has: a character that it does not have would be lost.
+        file.write(line.encode())
+    file.flush()
+    progress.move(position)
+    return count
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that only its owner can read, and that has its name once it is whole.
+
+    An existing file is never replaced: it may be the only copy of what it holds.
+    """
+    if path.exists():
+        raise click.UsageError(f"{path} exists already; remove it, or name another file")
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _text_of(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+COMMANDS = (export,)
