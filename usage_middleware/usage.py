@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import date, datetime, timezone
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class DayUsage:
+class DayUsage(NamedTuple):
     """What one token used on one UTC day with one model.
 
     An operation is booked on the day on which it was made, and so is every change of it: what a settle adds, and what

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import date
+from itertools import islice
 from typing import Final
 
 from .. import operations as rules
 from ..accounts import Lookup
 from ..checks import MAX_INTEGER, can_exist, check_text, check_time
 from ..keys import key_digest
-from ..operations import Operation
-from ..usage import DayUsage
+from ..log import LOG_KINDS, LogEntry, LogKind, log_entry
+from ..operations import Kind, Operation
+from ..usage import DayUsage, day_of
 from .hooks import MOST_LAPSED, StoreHooks, new_id
 from .transaction import Transaction
 
 _PAGE_SIZE: Final = 1000
+_OPERATIONS_OF: Final[dict[LogKind, tuple[Kind, ...]]] = {"charge": ("charge", "reserve"), "refund": ("refund",)}
 _FOREVER: Final = sys.float_info.max  # MySQL has no infinity
 
 
@@ -60,6 +63,40 @@ class History(StoreHooks):
             yield from page
             before = page[-1].number
 
+    def log(
+        self,
+        token_id: int,
+        *,
+        kinds: Collection[LogKind] = LOG_KINDS,
+        since: int = 0,
+        until: int = MAX_INTEGER,
+        offset: int = 0,
+        size: int = _PAGE_SIZE,
+    ) -> Sequence[LogEntry]:
+        """Return the charges and refunds of a token that are not pruned, the newest first, from an offset on.
+
+        :param kinds: ``"charge"``, which includes reservations, and ``"refund"``.
+        :param since: Unix time in whole seconds: only what was made then or later.
+        :param until: Unix time in whole seconds: only what was made in that second or earlier.
+        :param offset: how many entries to leave out.
+        :param size: how many entries to return at most.
+        """
+        operations = [operation for kind in kinds for operation in _OPERATIONS_OF[kind]]
+        if not operations or not can_exist(token_id):
+            return []
+        return [log_entry(found) for found in self._log(token_id, operations, since, until, offset, size)]
+
+    def _log(
+        self, token_id: int, kinds: Collection[Kind], since: int, until: int, offset: int, size: int
+    ) -> Sequence[Operation]:
+        """Return up to ``size`` operations of a token behind the ``offset`` newest, the newest first.
+
+        Only operations of ``kinds`` count that were made from ``since`` on and not later than the second ``until``.
+        A hook: this works with every store, and a database has an index to do it by.
+        """
+        operations = self._pages_of_history(token_id, since, until + 1)
+        return list(islice((one for one in operations if one.kind in kinds), offset, offset + size))
+
     def model_usage(self, token_id: int) -> dict[str, int]:
         """Return the quota units that each model has used of a token; charges that named no model are left out."""
         usage = self._model_usage(token_id, token_id) if can_exist(token_id) else ()
@@ -75,8 +112,23 @@ class History(StoreHooks):
             # A datetime is a date, and is not a day.
             if type(day) is not date:
                 raise TypeError(f"{what} must be a datetime.date, got {type(day).__name__}")
-        found = self._usage_by_day(token_id, token_id, first_day, last_day) if can_exist(token_id) else ()
-        return [usage for _, usage in found]
+        return self._usage_of_token(token_id, first_day, last_day) if can_exist(token_id) else []
+
+    def _usage_of_token(self, token_id: int, first_day: date, last_day: date) -> Sequence[DayUsage]:
+        """Return what a token used, by day and then model. A hook, as :meth:`_log`."""
+        return [usage for _, usage in self._usage_by_day(token_id, token_id, first_day, last_day)]
+
+    def today(self) -> date:
+        """Return the UTC day on which a charge would be booked now."""
+        return day_of(self._now())
+
+    def count_requests(self, token_id: int) -> int:
+        """Return how many charges and reservations were made, as usage by day counts them: pruned ones included."""
+        return self._count_requests(token_id) if can_exist(token_id) else 0
+
+    def _count_requests(self, token_id: int) -> int:
+        """Return the sum of ``requests`` in a token's usage by day. A hook, as :meth:`_log`."""
+        return sum(usage.requests for usage in self._usage_of_token(token_id, date.min, date.max))
 
     def open_reservations(self) -> Iterator[Operation]:
         """Yield the reservations that are not settled and hold units, lapsed or not, the oldest first, page by page."""

@@ -19,7 +19,7 @@ OPERATION_COLUMNS: Final = tuple(
     field.name for field in dataclasses.fields(Operation) if field.name not in ("number", "replayed")
 )
 #: The columns of usage by day behind its ``token_id``.
-DAY_COLUMNS: Final = tuple(field.name for field in dataclasses.fields(DayUsage))
+DAY_COLUMNS: Final = DayUsage._fields
 
 _TOKEN_ROW: Final = ("id", *TOKEN_COLUMNS)
 _OPERATION_ROW: Final = ("number", *OPERATION_COLUMNS)

@@ -30,6 +30,7 @@ _POSTGRESQL: Final = {
     "boolean": "BOOLEAN",
     "double": "DOUBLE PRECISION",
     "options": "",
+    "of_operations": "",
     "if_lapsing": " WHERE lapses_at IS NOT NULL",
     "day_of_operation": "DATE '1970-01-01' + CAST(floor(created_at / 86400) AS INTEGER)",
     "no_model": "''",
@@ -42,6 +43,7 @@ _MYSQL: Final = {
     "text": "LONGTEXT",
     "boolean": "BOOL",
     "double": "DOUBLE",
+    "of_operations": " ON usage_operations",
     "options": " ENGINE=InnoDB CHARSET=utf8mb4 COLLATE utf8mb4_bin",
     "if_lapsing": "",
     "day_of_operation": "DATE_ADD('1970-01-01', INTERVAL floor(created_at / 86400) DAY)",
@@ -142,6 +144,14 @@ def _unique_keys(connection: Connection) -> None:
     _create_index(connection, "usage_operations_of_key", "usage_operations", "(token_id, idempotency_key)", unique=True)
 
 
+def _log(connection: Connection) -> None:
+    """Let a page of a token's log be found without a look at the operations before it."""
+    columns = "(token_id, number, kind, created_at)"
+    _create_index(connection, "usage_operations_by_number", "usage_operations", columns)
+    if "usage_operations_of_token" in _indexes(connection, "usage_operations"):
+        _execute(connection, "DROP INDEX usage_operations_of_token{of_operations}")
+
+
 def _version(connection: Connection) -> int:
     there = set(inspect(connection).get_table_names())
     if VERSION_TABLE not in there:
@@ -159,7 +169,9 @@ def _record(connection: Connection, version: int) -> None:
         connection.commit()
 
 
-SCHEMA: Schema[Connection] = Schema(steps=(_first, _renewal_and_days, _unique_keys), version=_version, record=_record)
+SCHEMA: Schema[Connection] = Schema(
+    steps=(_first, _renewal_and_days, _unique_keys, _log), version=_version, record=_record
+)
 
 
 def is_current(connection: Connection) -> bool:
@@ -209,5 +221,9 @@ def _add_columns(connection: Connection, table: str, columns: Mapping[str, str])
 
 
 def _create_index(connection: Connection, name: str, table: str, columns: str, *, unique: bool = False) -> None:
-    if name not in {index["name"] for index in inspect(connection).get_indexes(table)}:
+    if name not in _indexes(connection, table):
         _execute(connection, f"CREATE {'UNIQUE ' if unique else ''}INDEX {name} ON {table} {columns}")
+
+
+def _indexes(connection: Connection, table: str) -> set[str | None]:
+    return {index["name"] for index in inspect(connection).get_indexes(table)}

@@ -74,6 +74,23 @@ HISTORY: Final = (
     .order_by(operations.c.number.desc())
     .limit(bindparam("size"))
 )
+# The index of a token's operations has all that decides, so only the operations of the page are read.
+_page_of_log: Final = (
+    select(operations.c.number)
+    .where(
+        _of_token,
+        operations.c.kind.in_(bindparam("kinds", expanding=True)),
+        operations.c.created_at >= bindparam("since"),
+        operations.c.created_at < bindparam("until"),
+    )
+    .order_by(operations.c.number.desc())
+    .limit(bindparam("size"))
+    .offset(bindparam("skipped"))
+    .subquery()
+)
+LOG: Final = _operations.join(_page_of_log, _page_of_log.c.number == operations.c.number).order_by(
+    operations.c.number.desc()
+)
 OPEN_RESERVATIONS: Final = (
     _operations.where(operations.c.lapses_at.is_not(None), operations.c.number > bindparam("after"))
     .order_by(operations.c.number)
@@ -83,6 +100,9 @@ _is_settled: Final = and_(operations.c.final_amount.is_not(None), operations.c.c
 _has_lapsed: Final = and_(operations.c.final_amount.is_(None), operations.c.expires_at <= bindparam("lapsed_before"))
 COUNT_FINISHED: Final = select(func.count()).select_from(operations).where(or_(_is_settled, _has_lapsed))
 MODEL_USAGE: Final = select(model_usage).where(model_usage.c.token_id.between(bindparam("first"), bindparam("last")))
+COUNT_REQUESTS: Final = select(func.coalesce(func.sum(usage_by_day.c.requests), 0)).where(
+    usage_by_day.c.token_id == bindparam("token_id")
+)
 USAGE_BY_DAY: Final = (
     select(usage_by_day.c.token_id, *(usage_by_day.c[name] for name in DAY_COLUMNS))
     .where(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import date
 from typing import Any, TypeVar
 
 from sqlalchemy import URL, Engine, Executable
 
 from ...errors import StoreError
-from ...operations import Operation
+from ...operations import Kind, Operation
 from ...tokens import Token
 from ...usage import DayUsage
 from ..base import QuotaStore
@@ -74,6 +74,16 @@ class SQLAlchemyTokenStore(QuotaStore):
     def _history(self, token_id: int, since: float, until: float, before: int, size: int) -> Sequence[Operation]:
         place = {"token_id": token_id, "since": since, "until": until, "before": before, "size": size}
         return self._operations(sql_statements.HISTORY, **place)
+
+    def _log(
+        self, token_id: int, kinds: Collection[Kind], since: int, until: int, offset: int, size: int
+    ) -> Sequence[Operation]:
+        times = {"since": float(since), "until": float(until + 1)}
+        place = {"token_id": token_id, "kinds": list(kinds), "skipped": offset, "size": size}
+        return self._operations(sql_statements.LOG, **place, **times)
+
+    def _count_requests(self, token_id: int) -> int:
+        return int(self._read(sql_statements.COUNT_REQUESTS, token_id=token_id)[0][0])
 
     def _open_reservations(self, after: int, size: int) -> Sequence[Operation]:
         return self._operations(sql_statements.OPEN_RESERVATIONS, after=after, size=size)

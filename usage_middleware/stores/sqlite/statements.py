@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 from ...accounts import Account, Changes, Lookup
+from ...operations import Kind
 from ...tokens import Token, TokenRecord, id_of
 from ...usage import DayUsage
 from ..rows import (
@@ -49,6 +50,11 @@ HISTORY: Final = (
     f"{_OPERATIONS} WHERE token_id = ? AND created_at >= ? AND created_at < ? AND number < ?"
     " ORDER BY number DESC LIMIT ?"
 )
+# An index has all that decides, so the operations before the page are not read. It is another for one kind alone.
+_LOG: Final = (
+    f"{_OPERATIONS} WHERE token_id = ? AND kind %s AND created_at >= ? AND created_at < ?"
+    " ORDER BY number DESC LIMIT ? OFFSET ?"
+)
 _INSERT_OPERATION: Final = (
     f"INSERT INTO operations ({', '.join(OPERATION_COLUMNS)}) VALUES ({_marks(OPERATION_COLUMNS)})"
 )
@@ -77,15 +83,25 @@ _ADD_MODEL_USAGE: Final = (
     "INSERT INTO model_usage (token_id, model, used) VALUES (?, ?, ?)"
     " ON CONFLICT (token_id, model) DO UPDATE SET used = used + excluded.used"
 )
+COUNT_REQUESTS: Final = "SELECT coalesce(sum(requests), 0) FROM usage_by_day WHERE token_id = ?"
 USAGE_BY_DAY: Final = (
     f"SELECT token_id, {', '.join(DAY_COLUMNS)} FROM usage_by_day"
     " WHERE token_id BETWEEN ? AND ? AND day BETWEEN ? AND ? ORDER BY token_id, day, model"
+)
+USAGE_OF_TOKEN: Final = (
+    f"SELECT {', '.join(DAY_COLUMNS)} FROM usage_by_day WHERE token_id = ? AND day BETWEEN ? AND ? ORDER BY day, model"
 )
 _FIGURES: Final = DAY_COLUMNS[2:]  # behind the day and the model
 _ADD_DAY: Final = (
     f"INSERT INTO usage_by_day (token_id, {', '.join(DAY_COLUMNS)}) VALUES (?, {_marks(DAY_COLUMNS)})"
     f" ON CONFLICT (token_id, day, model) DO UPDATE SET {', '.join(f'{f} = {f} + excluded.{f}' for f in _FIGURES)}"
 )
+
+
+def log_of(kinds: Collection[Kind]) -> str:
+    """Return the statement for a page of the operations of ``kinds``."""
+    words = sorted(f"'{kind}'" for kind in kinds)
+    return _LOG % (f"= {words[0]}" if len(words) == 1 else f"IN ({', '.join(words)})")
 
 
 class SQLiteTransaction:
