@@ -19,6 +19,7 @@ from .errors import TokenNotFound as TokenNotFound
 from .errors import UpstreamError as UpstreamError
 from .errors import UpstreamTimeout as UpstreamTimeout
 from .errors import UsageMiddlewareError as UsageMiddlewareError
+from .log import LogEntry as LogEntry
 from .operations import Operation as Operation
 from .stores import NEED_SQLALCHEMY, load
 from .stores import open_store as open_store
@@ -37,6 +38,7 @@ from .wsgi.costs import CostReader as CostReader
 from .wsgi.costs import FromHeader as FromHeader
 from .wsgi.costs import PerRequest as PerRequest
 from .wsgi.costs import Usage as Usage
+from .wsgi.endpoints.new_api import NewAPI as NewAPI
 from .wsgi.llm_usage import LLMUsage as LLMUsage
 from .wsgi.llm_usage import Prices as Prices
 from .wsgi.llm_usage import per_million as per_million

@@ -56,7 +56,7 @@ def key_of(value):
     for character in key:
         if character == "," or not 0x21 <= ord(character) <= 0x7E:
             return None
-    if key[:3] == "sk-":
+    while key[:3] == "sk-":
         key = key[3:]
     return key if key else None
 

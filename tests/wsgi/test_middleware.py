@@ -232,7 +232,7 @@ def test_the_options_go_by_keyword():
         pytest.param({"HTTP_AUTHORIZATION": "Bearer a,b"}, None, id="comma"),
         pytest.param({"HTTP_AUTHORIZATION": "Bearer sk-abc"}, "abc", id="with the prefix"),
         pytest.param({"HTTP_AUTHORIZATION": " bearer  abc\t"}, "abc", id="without, and with spaces"),
-        pytest.param({"HTTP_AUTHORIZATION": "Bearer sk-sk-abc"}, "sk-abc", id="one prefix only"),
+        pytest.param({"HTTP_AUTHORIZATION": "Bearer sk-sk-abc"}, "abc", id="every prefix"),
     ],
 )
 def test_bearer_key(header, key):

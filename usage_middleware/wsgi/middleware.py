@@ -11,27 +11,35 @@ writes the response.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from ..stores.base import TokenStore
+from ..stores.base import QuotaStore, TokenStore
 from .authentication import Authentication
+from .endpoints.billing import openai_error
+from .endpoints.days import DaysEndpoint
 from .endpoints.endpoint import Endpoint
+from .endpoints.new_api import NewAPI, new_api_endpoints
 from .endpoints.token import UsageEndpoint
-from .responses import ResponsesByOrigin
+from .responses import ResponsesByOrigin, send
 from .throttle import Throttle
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
+_DAYS: Final = "/days"
+
 
 class UsageMiddleware:
-    """Answers ``GET /api/usage/token`` from a token store; any other request goes to the wrapped application.
+    """Answer ``GET /api/usage/token`` from a token store; pass any other request to the wrapped application.
 
     :param app: the WSGI application to wrap.
     :param store: where tokens are looked up: anything with a method ``get(key)`` that returns a :class:`Token` or
         ``None``, a plain ``dict`` among them. It is asked with the key as :func:`bearer_key` gives it.
     :param path: the path to answer, with and without a slash at its end, compared with ``PATH_INFO`` (so below
-        ``SCRIPT_NAME``, if the application is mounted under a prefix).
+        ``SCRIPT_NAME``, if the application is mounted under a prefix). If the store is a :class:`QuotaStore`, the path
+        with ``/days`` behind it is answered too: what was used on which UTC day, by which model.
+    :param new_api: which of new-api's other endpoints mean what: with a :class:`NewAPI` they are answered at the paths
+        that new-api has for them, whatever ``path`` is; with ``None`` those paths are the application's.
     :param allow_origins: which web pages may read the answers (CORS): ``"*"`` for all, a collection of origins such
         as ``"https://app.example"``, or ``()`` for none. All is a safe default: a key travels in a header that a
         page must set itself, never in a cookie.
@@ -60,6 +68,7 @@ class UsageMiddleware:
         store: TokenStore,
         *,
         path: str = "/api/usage/token",
+        new_api: NewAPI | None = None,
         allow_origins: str | Collection[str] = "*",
         throttle: str | None = None,
         throttle_storage: str = "memory://",
@@ -75,7 +84,18 @@ class UsageMiddleware:
         authentication = Authentication(
             store, throttle=None if throttle is None else Throttle(throttle, throttle_storage)
         )
-        self._endpoints = _with_and_without_slash({path: UsageEndpoint(responses, authentication)})
+        endpoints: dict[str, Endpoint] = {}
+        if new_api is not None:
+            if not isinstance(new_api, NewAPI):
+                raise TypeError(f"new_api must be a NewAPI or None, got {type(new_api).__name__}")
+            billing_responses = ResponsesByOrigin(allow_origins, error_body=openai_error)
+            endpoints = new_api_endpoints(new_api, store, authentication, responses, billing_responses)
+        if path in endpoints or path + _DAYS in endpoints:
+            raise ValueError(f"path must not be one of new-api's other endpoints, got {path!r}")
+        endpoints[path] = UsageEndpoint(responses, authentication)
+        if isinstance(store, QuotaStore):
+            endpoints[path + _DAYS] = DaysEndpoint(responses, authentication, store)
+        self._endpoints = _with_and_without_slash(endpoints)
         self._first_path, self._last_path = min(self._endpoints), max(self._endpoints)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -89,10 +109,7 @@ class UsageMiddleware:
             app = self.app  # CPython 3.11 calls a local faster than an attribute.
             return app(environ, start_response)
 
-        status, headers, body = self._endpoints[path](environ)
-        # A list of its own: PEP 3333 lets the server and other middleware change it.
-        start_response(status, list(headers))
-        return [body] if body and environ["REQUEST_METHOD"] != "HEAD" else []
+        return send(self._endpoints[path](environ), environ, start_response)
 
 
 def _raw_path(path: str) -> str:

@@ -6,15 +6,15 @@ rendered here, from the endpoint's table of problems and in the endpoint's form 
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from json import JSONEncoder
 from typing import TYPE_CHECKING, Final
 
 from .refusals import METHODS, PROBLEMS, Header, Problem, Refused
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import WSGIEnvironment
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 _EVERY_ANSWER: Final[tuple[Header, ...]] = (
     # Whose key it is decides what the answer says, and it is out of date with the next charge.
@@ -28,6 +28,9 @@ _HEADER_NAME: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 se
 _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.\-]*://[^\s/?#,@*A-Z]+")
 
 
+#: Return compact JSON, text that is not ASCII as it is.
+to_json: Final = JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
 #: One answer: the status and the headers, as ``start_response`` takes them, and the body, which ``HEAD`` does not get.
 Response = tuple[str, tuple[Header, ...], bytes]
 #: From the kind of a refusal and its message to the body that says so.
@@ -36,7 +39,15 @@ ErrorBody = Callable[[str, str], str]
 
 def error_body(kind: str, message: str) -> str:
     """Return the error body of the wire contract: it has no code, so the kind shows in the status and the message."""
-    return json.dumps({"success": False, "message": message}, separators=(",", ":"))
+    return to_json({"success": False, "message": message})
+
+
+def send(response: Response, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    """Answer a WSGI request with ``response``; return what a WSGI application returns."""
+    status, headers, body = response
+    # A list of its own: PEP 3333 lets the server and other middleware change it.
+    start_response(status, list(headers))
+    return [body] if body and environ["REQUEST_METHOD"] != "HEAD" else []
 
 
 class Responses:
