@@ -12,6 +12,7 @@ import faulthandler
 import gc
 import hashlib
 import io
+import json
 import logging
 import sqlite3
 import subprocess
