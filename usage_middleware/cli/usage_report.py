@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
 from datetime import date, datetime, timedelta, timezone
 from typing import Any, Final
 
@@ -20,7 +19,7 @@ from .tables import bar, printable, table
 _MOST_DAYS: Final = 3660
 _HEADINGS: Final = ("USED", "", "REQUESTS", "INPUT", "OUTPUT")
 _RIGHT: Final = frozenset(("USED", "REQUESTS", "INPUT", "OUTPUT"))
-_FIGURES: Final = tuple(field.name for field in fields(DayUsage) if field.name not in ("day", "model"))
+_FIGURES: Final = tuple(name for name in DayUsage._fields if name not in ("day", "model"))
 _NO_MODEL: Final = "(no model)"
 
 _Figures = dict[str, int]

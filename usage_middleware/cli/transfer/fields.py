@@ -201,7 +201,7 @@ def _names(kind: Any, *left_out: str) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(kind) if field.name not in left_out)
 
 
-_FIGURES: Final = _names(DayUsage, "day", "model")
+_FIGURES: Final = tuple(name for name in DayUsage._fields if name not in ("day", "model"))
 # The number of a token, and what open reservations hold, are matters of the store that it comes from.
 _OF_TOKEN: Final = _names(Token, "id", "held")
 #: The fields of a record beside its token and digest.
