@@ -33,17 +33,20 @@ from .tokens import Token as Token
 from .tokens import TokenRecord as TokenRecord
 from .usage import DayUsage as DayUsage
 from .wsgi.authentication import bearer_key as bearer_key
-from .wsgi.costs import Cost as Cost
-from .wsgi.costs import CostReader as CostReader
-from .wsgi.costs import FromHeader as FromHeader
-from .wsgi.costs import PerRequest as PerRequest
-from .wsgi.costs import Usage as Usage
+from .wsgi.authentication import llm_key as llm_key
 from .wsgi.endpoints.new_api import NewAPI as NewAPI
-from .wsgi.llm_usage import LLMUsage as LLMUsage
-from .wsgi.llm_usage import Prices as Prices
-from .wsgi.llm_usage import per_million as per_million
+from .wsgi.meter.costs import Cost as Cost
+from .wsgi.meter.costs import CostReader as CostReader
+from .wsgi.meter.costs import FromHeader as FromHeader
+from .wsgi.meter.costs import PerRequest as PerRequest
+from .wsgi.meter.costs import Usage as Usage
+from .wsgi.meter.llm_usage import LLMUsage as LLMUsage
+from .wsgi.meter.llm_usage import Prices as Prices
+from .wsgi.meter.llm_usage import per_million as per_million
+from .wsgi.meter.request_body import requested_model as requested_model
+from .wsgi.meter.settlement import Settlement as Settlement
+from .wsgi.meter.usage_meter import UsageMeter as UsageMeter
 from .wsgi.middleware import UsageMiddleware as UsageMiddleware
-from .wsgi.request_body import requested_model as requested_model
 
 if TYPE_CHECKING:
     from .stores.new_api.new_api_store import NewAPITokenStore as NewAPITokenStore

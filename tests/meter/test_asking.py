@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llm_answers import CHAT_STREAM, DONE, OPENAI_USAGE, USAGE_CHUNK, chat_chunk, compact, event
 
-from usage_middleware.wsgi.asking import UsageFilter
-from usage_middleware.wsgi.figures import Figures
-from usage_middleware.wsgi.streams import MOST_EVENT, EventStream
+from usage_middleware.wsgi.meter.asking import UsageFilter
+from usage_middleware.wsgi.meter.figures import Figures
+from usage_middleware.wsgi.meter.streams import MOST_EVENT, EventStream
 
 EXTRA = event(USAGE_CHUNK)
 

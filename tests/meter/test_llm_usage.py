@@ -25,7 +25,7 @@ from llm_answers import (
 )
 
 from usage_middleware import LLMUsage, Prices, Usage, per_million
-from usage_middleware.wsgi.figures import Figures, TokenCounts
+from usage_middleware.wsgi.meter.figures import Figures, TokenCounts
 
 JSON = [("Content-Type", "application/json")]
 EVENTS = [("Content-Type", "text/event-stream; charset=utf-8")]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from werkzeug.exceptions import HTTPException
 
 from usage_middleware import requested_model
-from usage_middleware.wsgi.asking import ask_for_usage
-from usage_middleware.wsgi.request_body import MOST_BODY, MOST_IN_MEMORY, close_request_body
+from usage_middleware.wsgi.meter.asking import ask_for_usage
+from usage_middleware.wsgi.meter.request_body import MOST_BODY, MOST_IN_MEMORY, close_request_body
 
 MODEL = "gpt-4o"
 BODY = b'{"model": "gpt-4o", "messages": []}'

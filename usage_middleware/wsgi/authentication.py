@@ -6,7 +6,7 @@ import logging
 import re
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from ..errors import StoreError
@@ -25,6 +25,11 @@ _Answer = TypeVar("_Answer")
 
 # RFC 9110 section 11.4: the scheme is case-insensitive, one or more spaces follow it.
 _BEARER: Final = re.compile(rf"(?i:bearer) +({KEY_PATTERN})")
+_KEY: Final = re.compile(KEY_PATTERN)
+_AUTHORIZATION: Final = "HTTP_AUTHORIZATION"
+#: The headers that :func:`llm_key` reads, as WSGI names them.
+KEY_HEADERS: Final = (_AUTHORIZATION, "HTTP_X_API_KEY", "HTTP_X_GOOG_API_KEY")
+_LONG: Final = 16  # characters of a key that are in no header by chance
 # A key is refused no sooner than so many seconds after the store was asked for it, or the time would tell a disabled
 # key, whose row is found and read, from an unknown one. By then a store in memory or on a local disk has answered.
 _REFUSED_AFTER: Final = 0.0005
@@ -42,13 +47,50 @@ def bearer_key(environ: WSGIEnvironment) -> str | None:
     :param environ: the request's WSGI environment (Flask: ``request.environ``).
     :return: the key, or ``None`` if the header is absent, malformed, or of another scheme.
     """
-    match = _BEARER.fullmatch(_header(environ))
+    match = _BEARER.fullmatch(_header(environ, _AUTHORIZATION))
     return (strip_prefix(match[1]) or None) if match else None
 
 
-def has_authorization(environ: WSGIEnvironment) -> bool:
-    """Return whether the request carries an ``Authorization`` header that is not empty."""
-    return bool(_header(environ))
+def llm_key(environ: WSGIEnvironment) -> str | None:
+    """Return the key that a request carries as clients of LLM services send it, for ``UsageMeter(key=llm_key)``.
+
+    That is ``Authorization: Bearer KEY`` (OpenAI), or else ``X-Api-Key: KEY`` (Anthropic), or else
+    ``X-Goog-Api-Key: KEY`` (Gemini).
+
+    :param environ: the request's WSGI environment.
+    :return: the key without the ``sk-`` in front, or ``None`` if the first of these headers that the request has is
+        malformed, or it has none of them.
+    """
+    if has_credentials(environ):
+        return bearer_key(environ)
+    for name in KEY_HEADERS[1:]:
+        if value := _header(environ, name):
+            return (strip_prefix(value) or None) if _KEY.fullmatch(value) else None
+    return None
+
+
+def has_credentials(environ: WSGIEnvironment, headers: Iterable[str] = (_AUTHORIZATION,)) -> bool:
+    """Return whether the request carries one of these headers, and it is not empty."""
+    return any(_header(environ, name) for name in headers)
+
+
+def remove_key(environ: WSGIEnvironment, key: str | None) -> None:
+    """Remove every header that holds the key, so that an application which forwards headers does not forward it.
+
+    :param key: the request's key, as the function that found it has returned it.
+    """
+    if key is None:
+        return
+    # A long key is looked for anywhere in a header. A short one may be in a header by chance, so it must be the value,
+    # or what follows the scheme.
+    holders = [
+        name
+        for name, value in environ.items()
+        if name.startswith("HTTP_")
+        and (key in value if len(key) >= _LONG else strip_prefix(value.strip(" \t").rpartition(" ")[2]) == key)
+    ]
+    for name in holders:
+        del environ[name]
 
 
 class Authentication:
@@ -73,8 +115,19 @@ class Authentication:
         self._store = store
         self._key = key
         self._throttle = throttle
+        self._headers = KEY_HEADERS if key is llm_key else KEY_HEADERS[:1]
 
-    def ask(self, environ: WSGIEnvironment, question: Callable[[str], _Answer]) -> _Answer:
+    def key(self, environ: WSGIEnvironment) -> str:
+        """Return the request's key.
+
+        :raises Refused: there is none, or what there is cannot be one.
+        """
+        key = self._key(environ)
+        if key is None:
+            raise self._guessed(environ, MALFORMED) if has_credentials(environ, self._headers) else Refused(NO_KEY)
+        return key
+
+    def ask(self, environ: WSGIEnvironment, question: Callable[[str], _Answer], key: str | None = None) -> _Answer:
         """Return what ``question`` returns for the request's key.
 
         All that may ask the store belongs into the question. An exception that it raises is logged without the key,
@@ -82,11 +135,11 @@ class Authentication:
         is unknown or disabled raises ``Refused(UNKNOWN)``, and nothing in the answer tells which of them it was:
         neither bytes nor time.
 
+        :param key: what :meth:`key` has returned for this request, if it was called.
         :raises Refused: there is no key, or it is refused.
         """
-        key = self._key(environ)
         if key is None:
-            raise self._guessed(environ, MALFORMED) if has_authorization(environ) else Refused(NO_KEY)
+            key = self.key(environ)
         asked_at = time.perf_counter()
         try:
             return question(key)
@@ -119,10 +172,10 @@ class Authentication:
         return Refused(THROTTLED, retry_after=seconds) if seconds else Refused(kind)
 
 
-def _header(environ: WSGIEnvironment) -> str:
+def _header(environ: WSGIEnvironment, name: str) -> str:
     # Only optional white space (RFC 9110 section 5.6.3): str.strip() would also take control characters and U+00A0,
     # which make the value malformed.
-    value: str = environ.get("HTTP_AUTHORIZATION", "")
+    value: str = environ.get(name, "")
     return value.strip(" \t")
 
 

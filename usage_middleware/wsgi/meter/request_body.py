@@ -53,7 +53,6 @@ class RequestBody:
     """
 
     def __init__(self, environ: WSGIEnvironment) -> None:
-        self._environ = environ
         self._file: IO[bytes] = BytesIO()
         self._text = ""
         #: The members of the JSON object that it is, of those that matter here, by their names in lower case.
@@ -61,15 +60,15 @@ class RequestBody:
         if environ.get("HTTP_CONTENT_ENCODING", "").strip().lower() not in ("", "identity"):
             raise UnsupportedMediaType("This service does not take compressed requests.")
         try:
-            size = self._read()
+            size = self._read(environ)
             if size:
-                self._hand_on(size)
-                self._parse()
+                self._hand_on(environ, size)
+                self._parse(environ.get("CONTENT_TYPE", "").lower())
         except BaseException:
             self.close()
             raise
 
-    def set(self, name: str, text: str) -> None:
+    def set(self, environ: WSGIEnvironment, name: str, text: str) -> None:
         """Set a member to the value that ``text`` is, for the application to read.
 
         The rest of the body stays as it is, byte by byte: numbers that Python would write in another way among it.
@@ -84,14 +83,13 @@ class RequestBody:
         self.close()
         data = body.encode("utf-8", "surrogatepass")
         self._file = BytesIO(data)
-        self._hand_on(len(data))
+        self._hand_on(environ, len(data))
 
     def close(self) -> None:
         """Close the file that the body is in."""
         self._file.close()
 
-    def _read(self) -> int:
-        environ = self._environ
+    def _read(self, environ: WSGIEnvironment) -> int:
         length = get_content_length(environ)
         if length is None and "HTTP_TRANSFER_ENCODING" in environ and not environ.get("wsgi.input_terminated"):
             raise LengthRequired
@@ -117,11 +115,11 @@ class RequestBody:
         on_disk.write(file.getbuffer())
         return on_disk
 
-    def _hand_on(self, size: int) -> None:
+    def _hand_on(self, environ: WSGIEnvironment, size: int) -> None:
         self._file.seek(0)
-        self._environ["wsgi.input"] = self._file
-        self._environ["CONTENT_LENGTH"] = str(size)
-        self._environ.pop("HTTP_TRANSFER_ENCODING", None)
+        environ["wsgi.input"] = self._file
+        environ["CONTENT_LENGTH"] = str(size)
+        environ.pop("HTTP_TRANSFER_ENCODING", None)
 
     def _whole(self) -> str:
         self._file.seek(0)
@@ -130,8 +128,7 @@ class RequestBody:
         # As json.loads() decodes: UTF-8, -16 or -32, as an upstream in Python may too.
         return data.decode(json.detect_encoding(data), "surrogatepass")
 
-    def _parse(self) -> None:
-        kind = self._environ.get("CONTENT_TYPE", "").lower()
+    def _parse(self, kind: str) -> None:
         try:
             text = self._whole()
             if not text.startswith("{", _skip(text, 0)):
@@ -157,9 +154,15 @@ def request_body(environ: WSGIEnvironment) -> RequestBody:
     return body
 
 
+def read_body(environ: WSGIEnvironment) -> RequestBody | None:
+    """Return what :func:`request_body` has returned, if it was called."""
+    body: RequestBody | None = environ.get(_ENVIRON_KEY)
+    return body
+
+
 def close_request_body(environ: WSGIEnvironment) -> None:
     """Close what :func:`request_body` has opened, if it was called."""
-    body: RequestBody | None = environ.pop(_ENVIRON_KEY, None)
+    body = read_body(environ)
     if body is not None:
         body.close()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from ..checks import MAX_INTEGER
+from ...checks import MAX_INTEGER
 
 # A tuple, as what a service sends for a type may be a list, which no set can look for.
 _RESPONSE_ENDS: Final = ("response.completed", "response.incomplete", "response.failed")

@@ -1,6 +1,6 @@
 """What a metered request costs: a fixed amount, or what the service states in a header of its answer.
 
-What an LLM service says that it used is in :mod:`usage_middleware.wsgi.llm_usage`. Anything else is a class of the
+:mod:`usage_middleware.wsgi.meter.llm_usage` has what an LLM service says that it used. Anything else is a class of the
 host's own with the methods of :class:`Cost`.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
-from ..checks import MAX_INTEGER, check_amount
+from ...checks import MAX_INTEGER, check_amount
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -153,7 +153,9 @@ class FromHeader:
         self._folded = _folded(name)
         # CGI makes the same variable of a name and of its twin with underscores.
         self._variable = "HTTP_" + name.upper().replace("-", "_")
-        self._most, self._least = checked_bounds(most, least)
+        self._most = most
+        self._least = most if least is None else least
+        check_bounds(self._most, self._least)
 
     def prepare(self, environ: WSGIEnvironment, /) -> Cost:
         """Remove the header from the request."""
@@ -185,18 +187,15 @@ class FromHeader:
         return FixedReader(None, headers=handed_on)
 
 
-def checked_bounds(most: int, least: int | None) -> tuple[int, int]:
-    """Return the bounds of a reservation.
+def check_bounds(most: int, least: int) -> None:
+    """Check the bounds of a reservation.
 
     :raises TypeError, ValueError: they are not numbers of units, or the least is more than the most.
     """
-    check_amount(most)
-    if least is None:
-        return most, most
-    check_amount(least)
+    check_amount(most, "most")
+    check_amount(least, "least")
     if least > most:
         raise ValueError(f"least must be at most {most}, as most is, got {least}")
-    return most, least
 
 
 def _folded(name: str) -> str:

@@ -27,6 +27,8 @@ _RESPONSE_ENDS: Final = (b"response.completed", b"response.incomplete", b"respon
 # JSON may escape any character: these begin letters and the two other characters of the names that matter.
 _ESCAPES: Final = (b"\\u006", b"\\u007", b"\\u002e", b"\\u002E", b"\\u005f", b"\\u005F")
 
+_ZERO: Final = ("0", "0.", "0.0", "0.00", "0.000")  # RFC 9110 section 12.4.2
+
 _LF: Final = 10
 _CR: Final = 13
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
@@ -255,3 +257,16 @@ class Gunzipped:
             if piece:
                 yield piece
             data = self._decompressor.unused_data if self._decompressor.eof else self._decompressor.unconsumed_tail
+
+
+def narrowed_encoding(accept_encoding: str) -> str:
+    """Return an ``Accept-Encoding`` that asks for nothing but what a reader can decode: gzip, if the client takes it.
+
+    Without the header, a service may choose any coding (RFC 9110 section 12.5.3).
+    """
+    for item in accept_encoding.lower().split(","):
+        coding, _, weight = item.partition(";")
+        if coding.strip() in ("gzip", "x-gzip", "*"):
+            _, _, value = weight.partition("=")
+            return "identity" if value.strip() in _ZERO else "gzip"
+    return "identity"

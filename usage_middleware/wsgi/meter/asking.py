@@ -40,7 +40,7 @@ def ask_for_usage(environ: WSGIEnvironment) -> bool:
         options = {}
     if not isinstance(options, dict) or options.get("include_usage") is True:
         return False
-    body.set("stream_options", json.dumps({**options, "include_usage": True}))
+    body.set(environ, "stream_options", json.dumps({**options, "include_usage": True}))
     environ["HTTP_ACCEPT_ENCODING"] = "identity"  # nothing is taken out of what is compressed
     return True
 

@@ -9,9 +9,9 @@ from fractions import Fraction
 from math import lcm
 from typing import TYPE_CHECKING, Final
 
-from ..checks import MAX_INTEGER
+from ...checks import MAX_INTEGER
 from .asking import UsageFilter, ask_for_usage
-from .costs import Cost, CostReader, FixedReader, Headers, Usage, checked_bounds
+from .costs import Cost, CostReader, FixedReader, Headers, Usage, check_bounds
 from .figures import Figures, TokenCounts
 from .request_body import request_body
 from .streams import EventStream, Gunzipped, JSONBody
@@ -84,7 +84,9 @@ class LLMUsage:
         models: Mapping[str, Prices] | None = None,
         ask: bool = False,
     ) -> None:
-        self._most, self._least = checked_bounds(most, least)
+        self._most = most
+        self._least = most if least is None else least
+        check_bounds(self._most, self._least)
         self._price = _pricing(Prices(input=input, output=output, cached=cached))
         self._models = {}
         for model, prices in (models or {}).items():

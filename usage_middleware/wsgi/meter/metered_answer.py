@@ -1,0 +1,297 @@
+"""An answer on its way to the client: each chunk is read before it is handed on, and the last one is settled first."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from .costs import Cost, CostReader, FixedReader, Headers, Usage
+from .request_body import RequestBody
+from .settlement import Abandoned, Basis, Head, Outcome, charge
+
+if TYPE_CHECKING:
+    from _typeshed import OptExcInfo
+    from _typeshed.wsgi import StartResponse
+
+logger = logging.getLogger("usage_middleware")
+
+# How much is read of a JSON answer after its client has left, to learn what it cost: bytes, and seconds.
+_MOST_DRAINED: Final = 2**20
+_DRAIN_TIME: Final = 10.0
+
+_Write = Callable[[bytes], object]
+
+
+class Settle(Protocol):
+    """Settles the reservation of one request."""
+
+    def __call__(self, usage: Usage, basis: Basis, outcome: Outcome, status: int | None, /) -> None: ...
+
+
+class MeteredAnswer:
+    """The iterable that the server gets, and the ``start_response`` that the application gets.
+
+    :param settle: called once, before the last byte is handed on. ``None``: nothing was reserved.
+    :param reserved: the units that were.
+    :param is_head: whether the request's method is ``HEAD``.
+    """
+
+    def __init__(
+        self,
+        start_response: StartResponse,
+        cost: Cost,
+        settle: Settle | None,
+        *,
+        reserved: int,
+        abandoned: Abandoned,
+        is_head: bool,
+    ) -> None:
+        self._start_response = start_response
+        self._cost = cost
+        self._settle = settle
+        self._reserved = reserved
+        self._abandoned: Abandoned = abandoned
+        self._is_head = is_head
+        self._is_settled = settle is None
+        self._is_closed = False
+        self._stated: Usage | None = None
+        self._head: Head | None = None
+        self._is_json = False
+        self._feed: Callable[[bytes], None] | None = None
+        # What a reader that changes the answer brings.
+        self._change: Callable[[bytes], bytes] | None = None
+        self._rest: Callable[[], bytes] | None = None
+        self._left: int | None = None  # bytes of Content-Length that have not come
+        self._server_write: _Write | None = None
+        self._request_body: RequestBody | None = None
+        self._iterable: Iterable[bytes] = ()
+        self._next: Callable[[], bytes] | None = None  # made when the server begins to iterate
+
+    # --- What the application calls.
+
+    def charge(self, units: int, *, input_tokens: int = 0, output_tokens: int = 0) -> None:
+        """State what the request costs: ``environ["usage_middleware.charge"](units)``. The last call counts.
+
+        :raises TypeError, ValueError: an argument is not a number from 0 to 2**63 - 1.
+        """
+        usage = Usage(units, input_tokens, output_tokens)
+        if self._is_settled and self._settle is not None:
+            logger.error("usage_middleware.charge was called with %d after its request was settled", units)
+        self._stated = usage
+
+    def start(self, status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None = None) -> Any:
+        """Take the place of the server's ``start_response``."""
+        code = int(status[:3]) if status[:3].isdecimal() else 500
+        reader = self._reader(code, headers)
+        handed_on = getattr(reader, "headers", headers)
+        if exc_info is None:
+            write = self._start_response(status, handed_on)
+        else:
+            # The server raises it again if the head has been sent, so that nothing is changed below.
+            try:
+                write = self._start_response(status, handed_on, exc_info)
+            finally:
+                exc_info = None  # a reference cycle otherwise (PEP 3333)
+        self._take_head(code, headers, reader)
+        # Some servers do not have what PEP 3333 asks for: an application that needs it fails as it would without us.
+        if write is None:
+            return None
+        self._server_write = write
+        return self._write
+
+    def _write(self, data: bytes) -> None:
+        assert self._server_write is not None
+        data = self._pass(data)
+        if data:
+            self._server_write(data)
+
+    # --- What the server calls.
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        while True:
+            try:
+                data = (self._next or self._begin())()
+            except StopIteration:
+                rest = self._end()
+                if rest:
+                    return rest
+                raise
+            except BaseException:
+                self.fail()
+                raise
+            handed_on = self._pass(data)
+            # Not an empty chunk where the application has not sent one: some servers end a body with it.
+            if handed_on or not data:
+                return handed_on
+
+    def close(self) -> None:
+        """Close the application's iterable and, if its end was not reached, settle."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        # A server closes what it iterates over when its worker is stopped (SystemExit, GreenletExit) as well as when
+        # the client has left.
+        error = sys.exc_info()[1]
+        is_stopped = error is not None and not isinstance(error, (Exception, GeneratorExit))
+        ended = False
+        try:
+            if not self._is_settled and not is_stopped:
+                ended = self._drain()
+        finally:
+            try:
+                close = getattr(self._iterable, "close", None)
+                if close is not None:
+                    close()
+            finally:
+                self._settle_as("failed" if is_stopped else "abandoned", ended=ended)
+                if self._request_body is not None:
+                    self._request_body.close()
+
+    # --- What the meter calls.
+
+    def wrap(self, iterable: Iterable[bytes], request_body: RequestBody | None) -> Iterable[bytes]:
+        """Return what the server gets in place of ``iterable``: the same, if nothing more has to be read of it.
+
+        :param request_body: what the application may read until its iterable is closed.
+        """
+        self._iterable = iterable
+        self._request_body = request_body
+        # Servers derive a Content-Length from a list.
+        if isinstance(iterable, (list, tuple)) and self._change is None:
+            for data in iterable:
+                self._pass(data)
+            self._end()
+            if request_body is not None:
+                request_body.close()
+            return iterable
+        return self
+
+    def settle_early(self) -> bool:
+        """Settle if nothing of the body has to be read for that, and return whether it was so."""
+        if self._head is None or self._feed is not None or self._change is not None:
+            return False
+        self._finish()
+        return True
+
+    def fail(self) -> None:
+        """Settle an answer that the application has broken off."""
+        self._settle_as("failed")
+
+    # --- The rest.
+
+    def _begin(self) -> Callable[[], bytes]:
+        self._next = iter(self._iterable).__next__
+        return self._next
+
+    def _reader(self, status: int, headers: Headers) -> CostReader:
+        try:
+            return self._cost.reader(status, headers)
+        except Exception:
+            logger.exception("%s.reader() failed: the cost is unknown", type(self._cost).__name__)
+            return FixedReader(None)
+
+    def _take_head(self, status: int, headers: Headers, reader: CostReader) -> None:
+        has_body = not self._is_head and status not in (204, 304)
+        is_stated = reader.complete
+        is_known = is_stated or isinstance(reader, FixedReader)
+        self._head = Head(status, has_body, reader, reader.result(ended=True) if is_known else None, is_stated)
+        self._left = None
+        self._is_json = False
+        for name, value in headers:
+            folded = name.lower()
+            if folded == "content-length" and has_body and value.isdecimal():
+                self._left = int(value)
+            elif folded == "content-type":
+                self._is_json = value.partition(";")[0].rstrip(" \t").lower().endswith("json")
+        self._change = getattr(reader, "pass_on", None)
+        self._rest = getattr(reader, "rest", None)
+        self._feed = None if is_known or status >= 400 or not has_body else reader.feed
+
+    def _pass(self, data: bytes) -> bytes:
+        """Read a chunk, settle if it is the last one, and return what is handed on."""
+        if not data:
+            return data
+        handed_on = data
+        if self._change is not None:
+            handed_on = self._change(data)
+        elif self._is_settled:
+            return data
+        elif self._feed is not None:
+            try:
+                self._feed(data)
+            except Exception:
+                logger.exception("a reader of %s failed: the cost is unknown", type(self._cost).__name__)
+                assert self._head is not None
+                self._head.reader = FixedReader(None)
+                self._feed = None
+        left = self._left
+        if left is not None:
+            left = self._left = left - len(data)
+        head = self._head
+        if head is not None and not self._is_settled and (head.reader.complete or (left is not None and left <= 0)):
+            self._finish()
+        return handed_on
+
+    def _end(self) -> bytes:
+        """Settle at the end of the iterable, and return what is still to be handed on."""
+        rest = b""
+        if self._rest is not None:
+            rest = self._rest()
+        if self._head is None or (self._left is not None and self._left > 0):
+            # The client waits for more: the server breaks the connection.
+            self.fail()
+        else:
+            self._finish()
+        return rest
+
+    def _finish(self) -> None:
+        """Settle an answer that is complete."""
+        head = self._head
+        assert head is not None
+        if head.status >= 500 or getattr(head.reader, "failed", False):
+            self._settle_as("failed")
+        else:
+            self._settle_as("rejected" if head.status >= 400 else "completed")
+
+    def _settle_as(self, outcome: Outcome, *, ended: bool = False) -> None:
+        if self._is_settled or self._settle is None:
+            return
+        self._is_settled = True
+        self._feed = None
+        head = self._head
+        usage = Usage(self._reserved)
+        basis: Basis = "reserved"
+        try:
+            usage, basis = charge(
+                outcome, head, self._stated, reserved=self._reserved, abandoned=self._abandoned, ended=ended
+            )
+        except Exception:
+            logger.exception("a reader of %s failed: the cost is unknown", type(self._cost).__name__)
+        self._settle(usage, basis, outcome, None if head is None else head.status)
+
+    def _drain(self) -> bool:
+        """Read the rest of a JSON answer whose client has left, and return whether it came to its end."""
+        if not self._is_json or self._feed is None or self._stated is not None:
+            return False
+        if self._left is not None and self._left > _MOST_DRAINED:
+            return False
+        drained = 0
+        deadline = time.monotonic() + _DRAIN_TIME
+        try:
+            while drained <= _MOST_DRAINED and time.monotonic() < deadline:
+                data = (self._next or self._begin())()
+                drained += len(data)
+                self._feed(data)
+                if self._left is not None:
+                    self._left -= len(data)
+        except StopIteration:
+            return self._left is None or self._left <= 0
+        except Exception as error:
+            logger.info("an answer whose client had left failed: %s", type(error).__qualname__)
+        return False

@@ -1,0 +1,253 @@
+"""What a request is charged in the end, and the reservations whose settling has to be tried again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Literal, NamedTuple
+
+from ...errors import QuotaError, StoreError
+from ...operations import Operation
+from ...stores.base import QuotaStore
+from .costs import CostReader, Usage
+
+logger = logging.getLogger("usage_middleware")
+
+#: How a request has ended: with an answer of status 1xx to 3xx; with a 4xx; with a 5xx, an exception, an answer that
+#: broke off or said that it failed; with a client that left before the end.
+Outcome = Literal["completed", "rejected", "failed", "abandoned"]
+#: Where the units come from: the service has stated them; each request costs the same; they were measured; unknown, so
+#: the amount that was reserved; the request is free.
+Basis = Literal["stated", "fixed", "measured", "reserved", "free"]
+Abandoned = Literal["reserved", "measured", "free"]
+
+# Reservations that wait in each process, and how many of them one request settles.
+_MOST_WAITING: Final = 1000
+_MOST_AT_ONCE: Final = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settlement:
+    """What became of one metered request."""
+
+    operation_id: str
+    token_id: int
+    model: str | None
+    #: Quota units: those that were reserved, and those that were charged in the end.
+    reserved: int
+    units: int
+    input_tokens: int
+    output_tokens: int
+    basis: Basis
+    outcome: Outcome
+    #: The status of the answer; ``None``: it had not begun.
+    status: int | None
+    #: How long the request took until it was settled.
+    seconds: float
+    #: Whether the store has taken it. If not, it is tried again with later requests.
+    settled: bool
+
+
+@dataclass(slots=True)
+class Head:
+    """What is known of an answer from its status and headers."""
+
+    status: int
+    has_body: bool
+    reader: CostReader
+    #: What the answer costs if it comes to its end; ``None``: the reader must see the body.
+    usage: Usage | None
+    #: Whether the service has stated that, so that it also holds for an answer that fails.
+    is_stated: bool
+
+
+def charge(
+    outcome: Outcome,
+    head: Head | None,
+    stated: Usage | None,
+    *,
+    reserved: int,
+    abandoned: Abandoned,
+    ended: bool,
+) -> tuple[Usage, Basis]:
+    """Return what a request is charged. Who ends it pays: a service that fails is free, a caller who leaves is not.
+
+    :param head: ``None``: the answer has not begun.
+    :param stated: what the application has stated through ``environ``.
+    :param reserved: the units that the reservation holds.
+    :param ended: whether the reader has seen all of the answer.
+    """
+    if head is None:
+        if outcome != "abandoned":
+            return _FREE
+        if stated is not None:
+            return stated, "stated"
+        return _FREE if abandoned == "free" else (Usage(reserved), "reserved")
+    if stated is not None:
+        return stated, "stated"
+    if head.usage is not None and head.is_stated:
+        return head.usage, "stated"
+    if head.status >= 400:
+        return _FREE
+    if outcome == "failed":
+        usage = head.reader.result(ended=False)
+        return _FREE if usage is None else (usage, "measured")
+    if not head.has_body:
+        return _FREE if head.usage is None else (head.usage, "fixed")
+    if outcome == "completed":
+        usage = head.reader.result(ended=True)
+        if usage is None:
+            return Usage(reserved), "reserved"
+        return usage, "measured" if head.usage is None else "fixed"
+    if ended or head.reader.complete or getattr(head.reader, "final", False):
+        usage = head.reader.result(ended=ended)
+        if usage is not None:
+            return usage, "measured"
+    if abandoned == "free":
+        return _FREE
+    usage = head.reader.result(ended=False) if abandoned == "measured" else None
+    return (Usage(reserved), "reserved") if usage is None else (usage, "measured")
+
+
+_FREE: Final[tuple[Usage, Basis]] = (Usage(0), "free")
+
+
+class _Waiting(NamedTuple):
+    operation_id: str
+    usage: Usage
+
+
+class Settler:
+    """Settles reservations. What the store fails to take is kept, and tried again after later ones have been taken.
+
+    :param on_settled: called with each :class:`Settlement`. What it raises is logged.
+    """
+
+    def __init__(self, store: QuotaStore, on_settled: Callable[[Settlement], None] | None) -> None:
+        self._store = store
+        self._on_settled = on_settled
+        # By process id: a child settles nothing that its parent keeps, and has no lock that another thread held.
+        self._queues: dict[int, _Queue] = {}
+
+    def settle(
+        self,
+        operation: Operation,
+        begun: float,
+        usage: Usage,
+        basis: Basis,
+        outcome: Outcome,
+        status: int | None,
+    ) -> None:
+        """Settle a reservation.
+
+        :param begun: when the request began, by :func:`time.perf_counter`.
+        """
+        waiting = _Waiting(operation.id, usage)
+        error = self._failure(waiting)
+        if error is None:
+            queue = self._queues.get(os.getpid())
+            if queue is not None:
+                queue.retry(self._failure)
+        else:
+            self._keep(waiting, error)
+        if self._on_settled is not None:
+            settlement = Settlement(
+                operation_id=operation.id,
+                token_id=operation.token_id,
+                model=operation.model,
+                reserved=operation.held,
+                units=usage.units,
+                input_tokens=usage.input_tokens,
+                output_tokens=usage.output_tokens,
+                basis=basis,
+                outcome=outcome,
+                status=status,
+                seconds=time.perf_counter() - begun,
+                settled=error is None,
+            )
+            try:
+                self._on_settled(settlement)
+            except Exception:
+                logger.exception("on_settled failed for operation %s", operation.id)
+
+    def _failure(self, waiting: _Waiting) -> Exception | None:
+        operation_id, usage = waiting
+        try:
+            self._store.settle(
+                operation_id, usage.units, input_tokens=usage.input_tokens, output_tokens=usage.output_tokens
+            )
+        except Exception as error:
+            return error
+        except BaseException:
+            # The worker is being stopped: whether the store has taken it is not known.
+            self._report(waiting, "the worker is being stopped", "")
+            raise
+        return None
+
+    def _keep(self, waiting: _Waiting, error: Exception) -> None:
+        if _is_final(error):
+            self._report(waiting, _described(error), "It is not tried again")
+            return
+        self._report(waiting, _described(error), "It is tried again with later requests")
+        queue = self._queues.get(os.getpid()) or self._queues.setdefault(os.getpid(), _Queue())
+        queue.add(waiting)
+
+    @staticmethod
+    def _report(waiting: _Waiting, reason: str, what_follows: str) -> None:
+        logger.error(
+            "a reservation could not be settled: %s. %sBy hand: usage-middleware settle %s %d",
+            reason,
+            what_follows and what_follows + ". ",
+            waiting.operation_id,
+            waiting.usage.units,
+        )
+
+
+class _Queue:
+    """What waits to be settled in this process, the oldest first."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[_Waiting] = deque()
+        self._retrying = threading.Lock()
+
+    def add(self, waiting: _Waiting) -> None:
+        """Keep one more. If there are too many, the oldest is dropped: the log has the command that settles it."""
+        if len(self._waiting) >= _MOST_WAITING:
+            self._waiting.popleft()
+        self._waiting.append(waiting)
+
+    def retry(self, failure: Callable[[_Waiting], Exception | None]) -> None:
+        """Settle some in order, until the store fails again. One thread at a time does."""
+        if not self._waiting or not self._retrying.acquire(blocking=False):
+            return
+        try:
+            for _ in range(_MOST_AT_ONCE):
+                if not self._waiting:
+                    return
+                waiting = self._waiting.popleft()
+                error = failure(waiting)
+                if error is None:
+                    logger.info("operation %s is settled now", waiting.operation_id)
+                elif _is_final(error):
+                    logger.error("operation %s cannot be settled: %s", waiting.operation_id, _described(error))
+                else:
+                    self._waiting.appendleft(waiting)
+                    return
+        finally:
+            self._retrying.release()
+
+
+def _is_final(error: Exception) -> bool:
+    """Return whether the same call would fail again: the operation is gone, was settled by hand, or is too large."""
+    return isinstance(error, (QuotaError, ValueError, TypeError))
+
+
+def _described(error: Exception) -> str:
+    """Return what a log may show of an error. Only the texts of this package's own are known to hold no secrets."""
+    name = type(error).__qualname__
+    return f"{name}: {error}" if isinstance(error, (QuotaError, StoreError)) else name

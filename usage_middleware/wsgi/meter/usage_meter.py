@@ -1,0 +1,250 @@
+"""The meter: stands in front of a service that must not be changed, and charges its callers for what it really cost.
+
+.. code-block:: python
+
+    application = UsageMeter(application, SQLiteTokenStore("tokens.db"), cost=FromHeader("X-Usage-Cost", most=500))
+
+It checks the caller's key, reserves the most that the request can cost, lets the answer stream through, and settles
+what it came to. That is not a rate limiter or a billing system, and it does not translate between providers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Final, Literal, TypeVar, get_args
+
+from werkzeug.exceptions import HTTPException
+
+from ...checks import check_seconds, check_text
+from ...errors import ModelNotAllowed, QuotaExceeded, TokenDisabled, TokenExpired, TokenNotFound
+from ...operations import Operation
+from ...stores.base import QuotaStore
+from ..authentication import Authentication, bearer_key, remove_key
+from ..refusals import UNAVAILABLE, UNKNOWN, Refused
+from ..responses import ResponsesByOrigin
+from ..throttle import Throttle
+from .costs import Cost, PerRequest, check_bounds
+from .exempt import exemption
+from .meter_refusals import EXHAUSTED, EXPIRED, HELD, MODEL_NOT_ALLOWED, error_body, problems, refused_body
+from .metered_answer import MeteredAnswer
+from .request_body import close_request_body, read_body
+from .settlement import Abandoned, Settlement, Settler
+from .streams import narrowed_encoding
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+_Answer = TypeVar("_Answer")
+
+_EXHAUSTED_STATUSES: Final = (402, 403, 429)
+
+
+class UsageMeter:
+    """Charge each request to a WSGI application to the quota of its caller's key.
+
+    :param app: the application, which need not know of it.
+    :param store: where tokens and their quota are kept.
+    :param cost: what a request costs: a fixed number of quota units, :class:`FromHeader`, :class:`LLMUsage`, or an
+        object of your own with the methods of :class:`Cost`.
+    :param exempt: what is free: prefixes of paths, compared with ``PATH_INFO`` (``"/static/"`` is everything below it,
+        ``"/health"`` also the path itself), or a function of ``environ``. Everything else is metered. A path that may
+        lead elsewhere (a segment ``..``, an empty one, a backslash) is metered in any case.
+    :param model: the model that a request is for, whose limit and usage it counts against: a name, or a function of
+        ``environ`` such as :func:`requested_model`.
+    :param key: from a request to its key: :func:`bearer_key`, :func:`llm_key`, or a function of your own.
+    :param abandoned: what a client pays that leaves before the cost is known: the amount ``"reserved"``, what was
+        ``"measured"`` so far (the amount reserved if that is nothing), or nothing (``"free"``).
+    :param expires_in: seconds after which a reservation lapses that was never settled, because its process was killed.
+        More than the longest request takes.
+    :param exhausted_status: the status of the answer to a key whose quota is used up.
+    :param forward_key: whether the application gets the header that holds the key.
+    :param fail_open: let requests through without charging them while the store fails. By default they get a 503.
+    :param allow_origins, throttle, throttle_storage: as :class:`UsageMiddleware` takes them; for refusals alone.
+    :param on_settled: called with a :class:`Settlement` after each metered request.
+    :raises TypeError, ValueError: an argument cannot be what it is meant to be.
+    :raises ImportError: there is a ``throttle``, and ``limits`` is not installed.
+
+    The application finds ``usage_middleware.token`` (as it was before the request), ``usage_middleware.operation_id``
+    and ``usage_middleware.charge`` in ``environ``. To call the last with a number of quota units states the cost of the
+    request, whatever ``cost`` would have found out.
+
+    ``OPTIONS`` passes unmetered, as browsers send it without a key. Answers pass through as they come, chunk by chunk.
+    ``Accept-Encoding`` is narrowed to gzip, or identity for a client that does not take it, because nothing else can
+    be decompressed to see what an answer has cost.
+    """
+
+    def __init__(
+        self,
+        app: WSGIApplication,
+        store: QuotaStore,
+        *,
+        cost: int | Cost = 1,
+        exempt: Collection[str] | Callable[[WSGIEnvironment], bool] = (),
+        model: str | Callable[[WSGIEnvironment], str | None] | None = None,
+        key: Callable[[WSGIEnvironment], str | None] = bearer_key,
+        abandoned: Abandoned = "reserved",
+        expires_in: float = 3600,
+        exhausted_status: Literal[402, 403, 429] = 402,
+        forward_key: bool = True,
+        fail_open: bool = False,
+        allow_origins: str | Collection[str] = "*",
+        throttle: str | None = None,
+        throttle_storage: str = "memory://",
+        on_settled: Callable[[Settlement], None] | None = None,
+    ) -> None:
+        if not callable(app):
+            raise TypeError(f"app must be a WSGI application, got {type(app).__name__}")
+        if not isinstance(store, QuotaStore):
+            raise TypeError(f"store must be a QuotaStore, which can reserve and settle, got {type(store).__name__}")
+        if not callable(key):
+            raise TypeError(f"key must be a function of environ such as llm_key, got {type(key).__name__}")
+        if abandoned not in get_args(Abandoned):
+            raise ValueError(f"abandoned must be 'reserved', 'measured' or 'free', got {abandoned!r}")
+        if exhausted_status not in _EXHAUSTED_STATUSES:
+            raise ValueError(f"exhausted_status must be 402, 403 or 429, got {exhausted_status!r}")
+        if on_settled is not None and not callable(on_settled):
+            raise TypeError(f"on_settled must be a function of a Settlement, got {type(on_settled).__name__}")
+        check_seconds("expires_in", expires_in)
+        self.app = app
+        self.store = store
+        self._cost = _checked_cost(cost)
+        self._is_exempt = exemption(exempt)
+        self._model = _checked_model(model)
+        self._key = key
+        self._abandoned: Abandoned = abandoned
+        self._expires_in = expires_in
+        self._forward_key = forward_key
+        self._fail_open = fail_open
+        self._responses = ResponsesByOrigin(allow_origins, problems=problems(exhausted_status), error_body=error_body)
+        self._authentication = Authentication(
+            store, key=key, throttle=None if throttle is None else Throttle(throttle, throttle_storage)
+        )
+        self._settler = Settler(store, on_settled)
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        method = environ["REQUEST_METHOD"]
+        if method == "OPTIONS" or self._is_exempt(environ):
+            if not self._forward_key:
+                remove_key(environ, self._key(environ))
+            return self.app(environ, start_response)
+
+        begun = time.perf_counter()
+        try:
+            cost, operation = self._admit(environ)
+        except Refused as refused:
+            close_request_body(environ)
+            return self._refuse(refused, environ, start_response)
+        except HTTPException as error:
+            close_request_body(environ)
+            refusal = refused_body(error)
+            return error(environ, start_response) if refusal is None else self._refuse(refusal, environ, start_response)
+        answer = MeteredAnswer(
+            start_response,
+            cost,
+            None if operation is None else partial(self._settler.settle, operation, begun),
+            reserved=0 if operation is None else operation.held,
+            abandoned=self._abandoned,
+            is_head=method == "HEAD",
+        )
+        environ["usage_middleware.charge"] = answer.charge
+        try:
+            iterable = self.app(environ, answer.start)
+            if _is_file(iterable, environ) and answer.settle_early():
+                return iterable
+            return answer.wrap(iterable, read_body(environ))
+        except BaseException:
+            answer.fail()
+            close_request_body(environ)
+            raise
+
+    def _admit(self, environ: WSGIEnvironment) -> tuple[Cost, Operation | None]:
+        """Return the cost of a request and its reservation; ``None``: the store failed, which lets it through.
+
+        :raises Refused: it is not let through.
+        :raises HTTPException: it has a body that is not taken.
+        """
+        key = self._authentication.key(environ)
+        token = self._asked(environ, key, self._authentication.token)
+        environ["HTTP_ACCEPT_ENCODING"] = narrowed_encoding(environ.get("HTTP_ACCEPT_ENCODING", ""))
+        prepare = getattr(self._cost, "prepare", None)
+        cost: Cost = self._cost if prepare is None else prepare(environ)
+        model = _checked_name(self._model(environ) if callable(self._model) else self._model)
+        most, least = cost.most(environ), cost.least(environ)
+        check_bounds(most, least)
+        operation = None
+        if token is not None:
+            environ["usage_middleware.token"] = token
+            operation = self._asked(environ, key, partial(self._reserve, most, least, model))
+        if operation is not None:
+            environ["usage_middleware.operation_id"] = operation.id
+        if not self._forward_key:
+            remove_key(environ, key)
+        return cost, operation
+
+    def _asked(self, environ: WSGIEnvironment, key: str, question: Callable[[str], _Answer]) -> _Answer | None:
+        """Return what the store answers; ``None``: it failed, which lets the request through."""
+        try:
+            return self._authentication.ask(environ, question, key)
+        except Refused as refused:
+            if refused.kind == UNAVAILABLE and self._fail_open:
+                return None
+            raise
+
+    def _reserve(self, most: int, least: int, model: str | None, key: str) -> Operation:
+        try:
+            return self.store.reserve(
+                key, most, at_least=None if least == most else least, model=model, expires_in=self._expires_in
+            )
+        except (TokenNotFound, TokenDisabled):
+            raise Refused(UNKNOWN) from None
+        except TokenExpired:
+            raise Refused(EXPIRED) from None
+        except ModelNotAllowed:
+            raise Refused(MODEL_NOT_ALLOWED) from None
+        except QuotaExceeded as error:
+            if error.requested <= error.available + error.held:
+                raise Refused(HELD, retry_after=1) from None
+            raise Refused(EXHAUSTED) from None
+
+    def _refuse(self, refused: Refused, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        status, headers, body = self._responses.of(environ).refusal(refused)
+        start_response(status, list(headers))
+        return [body] if environ["REQUEST_METHOD"] != "HEAD" else []
+
+
+def _is_file(iterable: Iterable[bytes], environ: WSGIEnvironment) -> bool:
+    """Return whether the server can send the answer by itself, without iterating over it (PEP 3333)."""
+    file_wrapper = environ.get("wsgi.file_wrapper")
+    return isinstance(file_wrapper, type) and isinstance(iterable, file_wrapper)
+
+
+def _checked_cost(cost: int | Cost) -> Cost:
+    if isinstance(cost, int):
+        return PerRequest(cost)
+    for method in ("most", "least", "reader"):
+        if isinstance(cost, type) or not callable(getattr(cost, method, None)):
+            raise TypeError(f"cost must be an int of quota units or have the methods of Cost, got {cost!r}")
+    return cost
+
+
+def _checked_model(
+    model: str | Callable[[WSGIEnvironment], str | None] | None,
+) -> str | Callable[[WSGIEnvironment], str | None] | None:
+    if model is not None and not callable(model):
+        check_text("model", model)
+    return model
+
+
+def _checked_name(model: str | None) -> str | None:
+    """Return the name of a model, if there can be one of that name.
+
+    :raises Refused: there cannot.
+    """
+    if model is not None:
+        try:
+            check_text("the model", model)
+        except ValueError as error:
+            raise Refused("400", message=f"{error}.".replace("the", "The", 1)) from None
+    return model
