@@ -1,5 +1,6 @@
 """Quota usage of API keys, at ``/api/usage/token`` of any WSGI application."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .accounts import Account as Account
@@ -35,31 +36,39 @@ from .usage import DayUsage as DayUsage
 from .wsgi.authentication import bearer_key as bearer_key
 from .wsgi.authentication import llm_key as llm_key
 from .wsgi.endpoints.new_api import NewAPI as NewAPI
-from .wsgi.meter.costs import Cost as Cost
-from .wsgi.meter.costs import CostReader as CostReader
-from .wsgi.meter.costs import FromHeader as FromHeader
-from .wsgi.meter.costs import PerRequest as PerRequest
-from .wsgi.meter.costs import Usage as Usage
-from .wsgi.meter.llm_usage import LLMUsage as LLMUsage
-from .wsgi.meter.llm_usage import Prices as Prices
-from .wsgi.meter.llm_usage import per_million as per_million
-from .wsgi.meter.request_body import requested_model as requested_model
-from .wsgi.meter.settlement import Settlement as Settlement
-from .wsgi.meter.usage_meter import UsageMeter as UsageMeter
 from .wsgi.middleware import UsageMiddleware as UsageMiddleware
 
 if TYPE_CHECKING:
     from .stores.new_api.new_api_store import NewAPITokenStore as NewAPITokenStore
     from .stores.sql.sql_store import SQLAlchemyTokenStore as SQLAlchemyTokenStore
+    from .wsgi.meter.costs import Cost as Cost
+    from .wsgi.meter.costs import CostReader as CostReader
+    from .wsgi.meter.costs import FromHeader as FromHeader
+    from .wsgi.meter.costs import PerRequest as PerRequest
+    from .wsgi.meter.costs import Usage as Usage
+    from .wsgi.meter.llm_usage import LLMUsage as LLMUsage
+    from .wsgi.meter.llm_usage import Prices as Prices
+    from .wsgi.meter.llm_usage import per_million as per_million
+    from .wsgi.meter.request_body import requested_model as requested_model
+    from .wsgi.meter.settlement import Settlement as Settlement
+    from .wsgi.meter.usage_meter import UsageMeter as UsageMeter
     from .wsgi.proxy import Proxy as Proxy
+
+# Where the names of the meter and of the proxy are. They need werkzeug and http.client, whose imports take as long as
+# that of everything else here.
+_LATER = {
+    **dict.fromkeys(("Cost", "CostReader", "FromHeader", "PerRequest", "Usage"), ".wsgi.meter.costs"),
+    **dict.fromkeys(("LLMUsage", "Prices", "per_million"), ".wsgi.meter.llm_usage"),
+    "Proxy": ".wsgi.proxy",
+    "Settlement": ".wsgi.meter.settlement",
+    "UsageMeter": ".wsgi.meter.usage_meter",
+    "requested_model": ".wsgi.meter.request_body",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in NEED_SQLALCHEMY:
         return load(name)
-    if name == "Proxy":
-        # It needs http.client, whose import takes as long as that of everything else here.
-        from .wsgi.proxy import Proxy
-
-        return Proxy
+    if name in _LATER:
+        return getattr(import_module(_LATER[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
