@@ -144,7 +144,9 @@ def test_the_custom_store_passes_the_contract(blocks, customers, tmp_path):
 
 def test_tokens_move(blocks, tmp_path, postgresql):
     (rehearse, told), (move, moved) = commands(block(blocks, "console", "import"))
-    (tmp_path / "customers.csv").write_text("key,total_available\nthe-key-of-one-holder,5\nthe-key-of-another,\nthe-key-of-a-third,1e6\n")
+    (tmp_path / "customers.csv").write_text(
+        "key,total_available\nthe-key-of-one-holder,5\nthe-key-of-another,\nthe-key-of-a-third,1e6\n"
+    )
     done = subprocess.run(shlex.split(rehearse), capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
     assert not (tmp_path / "tokens.db").exists()

@@ -10,17 +10,17 @@ writes the response.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
 from ..stores.base import QuotaStore, TokenStore
 from .authentication import Authentication
 from .endpoints.billing import openai_error
 from .endpoints.days import DaysEndpoint
-from .endpoints.endpoint import Endpoint
 from .endpoints.new_api import NewAPI, new_api_endpoints
+from .endpoints.page import PageEndpoint
 from .endpoints.token import UsageEndpoint
-from .responses import ResponsesByOrigin, send
+from .responses import Response, ResponsesByOrigin, send
 from .throttle import Throttle
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class UsageMiddleware:
     :param path: the path to answer, with and without a slash at its end, compared with ``PATH_INFO`` (so below
         ``SCRIPT_NAME``, if the application is mounted under a prefix). If the store is a :class:`QuotaStore`, the path
         with ``/days`` behind it is answered too: what was used on which UTC day, by which model.
+    :param page: a path, such as ``"/usage"``, at which a page shows the holder of a key what is left of it, and where it
+        went. It asks the endpoint from the browser; ``None``: there is no page.
     :param new_api: which of new-api's other endpoints mean what: with a :class:`NewAPI` they are answered at the paths
         that new-api has for them, whatever ``path`` is; with ``None`` those paths are the application's.
     :param allow_origins: which web pages may read the answers (CORS): ``"*"`` for all, a collection of origins such
@@ -68,6 +70,7 @@ class UsageMiddleware:
         store: TokenStore,
         *,
         path: str = "/api/usage/token",
+        page: str | None = None,
         new_api: NewAPI | None = None,
         allow_origins: str | Collection[str] = "*",
         throttle: str | None = None,
@@ -79,22 +82,27 @@ class UsageMiddleware:
             raise TypeError(f"store must have a method get(key), got {type(store).__name__}")
         self.app = app
         self.store = store
-        path = _raw_path(path)
+        path = _raw_path("path", path)
         responses = ResponsesByOrigin(allow_origins)
         authentication = Authentication(
             store, throttle=None if throttle is None else Throttle(throttle, throttle_storage)
         )
-        endpoints: dict[str, Endpoint] = {}
+        endpoints: dict[str, Callable[[WSGIEnvironment], Response]] = {}
         if new_api is not None:
             if not isinstance(new_api, NewAPI):
                 raise TypeError(f"new_api must be a NewAPI or None, got {type(new_api).__name__}")
             billing_responses = ResponsesByOrigin(allow_origins, error_body=openai_error)
-            endpoints = new_api_endpoints(new_api, store, authentication, responses, billing_responses)
+            endpoints |= new_api_endpoints(new_api, store, authentication, responses, billing_responses)
         if path in endpoints or path + _DAYS in endpoints:
             raise ValueError(f"path must not be one of new-api's other endpoints, got {path!r}")
         endpoints[path] = UsageEndpoint(responses, authentication)
         if isinstance(store, QuotaStore):
             endpoints[path + _DAYS] = DaysEndpoint(responses, authentication, store)
+        if page is not None:
+            page = _raw_path("page", page)
+            if page in endpoints:
+                raise ValueError(f"page must not be the path of an endpoint, got {page!r}")
+            endpoints[page] = PageEndpoint(page, path)
         self._endpoints = _with_and_without_slash(endpoints)
         self._first_path, self._last_path = min(self._endpoints), max(self._endpoints)
 
@@ -112,18 +120,20 @@ class UsageMiddleware:
         return send(self._endpoints[path](environ), environ, start_response)
 
 
-def _raw_path(path: str) -> str:
-    """Return ``path`` without a slash at its end, in the form of ``PATH_INFO`` (PEP 3333, "Unicode Issues")."""
+def _raw_path(what: str, path: str) -> str:
+    """Return a path without a slash at its end, in the form of ``PATH_INFO`` (PEP 3333, "Unicode Issues")."""
     if not isinstance(path, str):
-        raise TypeError(f"path must be a str, got {path!r}")
+        raise TypeError(f"{what} must be a str, got {path!r}")
     if not path.startswith("/") or "?" in path or "#" in path:
-        raise ValueError(f"path must begin with '/' and have no query, such as '/api/usage/token', got {path!r}")
+        raise ValueError(f"{what} must begin with '/' and have no query, such as '/api/usage/token', got {path!r}")
     try:
         return path.encode("utf-8").decode("latin-1").rstrip("/")
     except UnicodeEncodeError:
-        raise ValueError(f"path must be text that UTF-8 can carry, got {path!r}") from None
+        raise ValueError(f"{what} must be text that UTF-8 can carry, got {path!r}") from None
 
 
-def _with_and_without_slash(endpoints: Mapping[str, Endpoint]) -> dict[str, Endpoint]:
+def _with_and_without_slash(
+    endpoints: Mapping[str, Callable[[WSGIEnvironment], Response]],
+) -> dict[str, Callable[[WSGIEnvironment], Response]]:
     """Return the endpoints by all the paths that they answer: a client may lose its header on a redirect."""
     return {path + end: endpoint for path, endpoint in endpoints.items() for end in ("", "/")}
