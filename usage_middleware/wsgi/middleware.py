@@ -18,7 +18,6 @@ from .authentication import Authentication
 from .endpoints.billing import openai_error
 from .endpoints.days import DaysEndpoint
 from .endpoints.new_api import NewAPI, new_api_endpoints
-from .endpoints.page import PageEndpoint
 from .endpoints.token import UsageEndpoint
 from .responses import Response, ResponsesByOrigin, send
 from .throttle import Throttle
@@ -38,8 +37,8 @@ class UsageMiddleware:
     :param path: the path to answer, with and without a slash at its end, compared with ``PATH_INFO`` (so below
         ``SCRIPT_NAME``, if the application is mounted under a prefix). If the store is a :class:`QuotaStore`, the path
         with ``/days`` behind it is answered too: what was used on which UTC day, by which model.
-    :param page: a path, such as ``"/usage"``, at which a page shows the holder of a key what is left of it, and where it
-        went. It asks the endpoint from the browser; ``None``: there is no page.
+    :param page: a path, such as ``"/usage"``, at which a page shows the holder of a key what is left of it and where
+        it went. It asks the endpoint from the browser; ``None``: there is no page.
     :param new_api: which of new-api's other endpoints mean what: with a :class:`NewAPI` they are answered at the paths
         that new-api has for them, whatever ``path`` is; with ``None`` those paths are the application's.
     :param allow_origins: which web pages may read the answers (CORS): ``"*"`` for all, a collection of origins such
@@ -99,6 +98,8 @@ class UsageMiddleware:
         if isinstance(store, QuotaStore):
             endpoints[path + _DAYS] = DaysEndpoint(responses, authentication, store)
         if page is not None:
+            from .endpoints.page import PageEndpoint  # loads werkzeug, which a service without a page does without
+
             page = _raw_path("page", page)
             if page in endpoints:
                 raise ValueError(f"page must not be the path of an endpoint, got {page!r}")
