@@ -1,5 +1,6 @@
 """An SQLite ledger whose clock stands still, and every call that can be made of it."""
 
+import itertools
 import secrets
 import sqlite3
 import uuid
@@ -9,10 +10,9 @@ import pytest
 
 from usage_middleware import SQLiteTokenStore
 
-NOW = 1_800_000_000.0
-
-
+NOW = 1_800_000_000.0  # 2027-01-15 08:00 UTC
 AN_HOUR = 3600
+A_DAY = 24 * AN_HOUR
 A_LOT = 10**12
 
 
@@ -31,53 +31,96 @@ def content(path):
 def open_store(path, *, now=NOW, synchronous="OFF"):
     """A store whose clock stands still, and which waits for nobody. No power fails here, so it need not wait for the
     disk either."""
-    store = SQLiteTokenStore(path, timeout=0, synchronous=synchronous)
-    store._now = lambda: now
-    return store
+    return SQLiteTokenStore(path, timeout=0, synchronous=synchronous, clock=lambda: now)
 
 
 @contextmanager
-def nothing_random():
-    """Within it, the same call leaves the same rows."""
+def nothing_random(first_id=1):
+    """Within it, keys are all the same, and the ids of operations are numbers that follow each other."""
+    numbers = itertools.count(first_id)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=0))
+        patch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=next(numbers)))
         patch.setattr(secrets, "choice", lambda sequence: sequence[0])
         yield
 
 
+def _always_the_same(call):
+    """Lets a call leave the same rows whenever it is made of the same ledger."""
+
+    def called(store):
+        with nothing_random():
+            return call(store)
+
+    return called
+
+
+# The ids of the operations of `make_ledger`.
+CHARGE, OPEN, LAPSED, REFUND = (uuid.UUID(int=number).hex for number in (100, 200, 300, 400))
+
+
+def make_ledger(path):
+    """Makes a ledger to which all of the calls can be made."""
+    with open_store(path, now=NOW - 2 * A_DAY) as store:
+        for key in ("one", "two", "three"):
+            store.create(key=key, total_available=1000, model_limits={"gpt-4o": 500, "free": True})
+        store.create(key="renewing", renewal="daily", renewal_quota=1000)
+    with open_store(path, now=NOW - AN_HOUR) as store:
+        with nothing_random(100):
+            store.charge("one", 100, model="gpt-4o", input_tokens=10, output_tokens=5)
+        with nothing_random(200):
+            store.reserve("one", 200, model="gpt-4o", expires_in=2 * AN_HOUR)
+        with nothing_random(300):
+            store.reserve("two", 900, model="free", expires_in=AN_HOUR / 2)
+        with nothing_random(400):
+            store.refund(CHARGE, 10)
+        store.delete(3)
+
+
 WRITES = {
-    "create": lambda store: store.create(name="New", total_available=5),
-    "update": lambda store: store.update(1, name="Changed", enabled=False),
-    "rotate": lambda store: store.rotate(1),
-    "delete": lambda store: store.delete(1),
-    "charge": lambda store: store.charge("one", 7),
-    "charge for a model": lambda store: store.charge("one", 7, model="gpt-4o"),
-    "charge with an id": lambda store: store.charge("one", 7, model="gpt-4o", idempotency_key="new"),
-    "charge that takes back": lambda store: store.charge("two", 500, model="free"),
-    "charge by id": lambda store: store.charge_by_id(1, 7, idempotency_key="new"),
-    "reserve": lambda store: store.reserve("one", 7),
-    "reserve with an id": lambda store: store.reserve("one", 7, model="gpt-4o", idempotency_key="new"),
-    "settle": lambda store: store.settle("open", 250),
-    "settle late": lambda store: store.settle("lapsed", 1200),
-    "refund": lambda store: store.refund("charge", 40),
-    "refund with an id": lambda store: store.refund("charge", idempotency_key="new"),
-    "grant": lambda store: store.grant(1, 10),
-    "grant that takes back": lambda store: store.grant(2, -1000),
-    "prune": lambda store: store.prune(NOW),
+    name: _always_the_same(call)
+    for name, call in {
+        "create": lambda store: store.create(name="New", total_available=5),
+        "update": lambda store: store.update(1, name="Changed", enabled=False),
+        "rotate": lambda store: store.rotate(1),
+        "delete": lambda store: store.delete(1),
+        "charge": lambda store: store.charge("one", 7),
+        "charge for a model": lambda store: store.charge("one", 7, model="gpt-4o", input_tokens=3),
+        "charge with a name": lambda store: store.charge("one", 7, model="gpt-4o", idempotency_key="new"),
+        "charge that takes back": lambda store: store.charge("two", 500, model="free"),
+        "charge that renews": lambda store: store.charge("renewing", 7, idempotency_key="new"),
+        "charge by id": lambda store: store.charge_by_id(1, 7, idempotency_key="new"),
+        "reserve": lambda store: store.reserve("one", 7),
+        "reserve what there is": lambda store: store.reserve("one", 1000, at_least=1),
+        "reserve with a name": lambda store: store.reserve("one", 7, model="gpt-4o", idempotency_key="new"),
+        "settle": lambda store: store.settle(OPEN, 250, output_tokens=9),
+        "settle late": lambda store: store.settle(LAPSED, 1200),
+        "refund": lambda store: store.refund(CHARGE, 40),
+        "refund with a name": lambda store: store.refund(CHARGE, idempotency_key="new"),
+        "grant": lambda store: store.grant(1, 10),
+        "grant with a name": lambda store: store.grant(1, 10, idempotency_key="new"),
+        "grant that takes back": lambda store: store.grant(2, -1000),
+        "prune": lambda store: store.prune(NOW - AN_HOUR + 1),
+        "prune that takes back": lambda store: store.prune(NOW),
+    }.items()
 }
-
-
 READS = {
     "get": lambda store: store.get("one"),
-    "find": lambda store: store.get_by_id(1),
+    "get_by_id": lambda store: store.get_by_id(1),
     "tokens": lambda store: list(store.tokens()),
     "history": lambda store: list(store.history(1)),
     "model_usage": lambda store: store.model_usage(1),
 }
-
-
 CALLS = {**WRITES, **READS}
-
-
+# Takes a transaction for each token whose reservations it releases, and others to forget operations.
+SEVERAL_TRANSACTIONS = ("prune that takes back",)
 # A caller who does not know whether they were made calls again.
-REPEATABLE = ("charge with an id", "charge by id", "reserve with an id", "settle", "settle late", "refund with an id")
+REPEATABLE = (
+    "charge with a name",
+    "charge that renews",
+    "charge by id",
+    "reserve with a name",
+    "settle",
+    "settle late",
+    "refund with a name",
+    "grant with a name",
+)

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from sqlite_ledger import AN_HOUR, NOW, open_store
+from sqlite_ledger import make_ledger
 
 from usage_middleware import SQLiteTokenStore
 
@@ -25,14 +25,7 @@ def store(path):
 def ledger(tmp_path_factory):
     """The file of a ledger to which the calls can be made."""
     path = tmp_path_factory.mktemp("ledger") / "tokens.db"
-    with open_store(path, now=NOW - AN_HOUR) as store:
-        for key in ("one", "two", "three"):
-            store.create(key=key, total_available=1000, model_limits={"gpt-4o": 500, "free": True})
-        store.charge("one", 100, model="gpt-4o", idempotency_key="charge")
-        store.reserve("one", 200, model="gpt-4o", idempotency_key="open", expires_in=2 * AN_HOUR)
-        store.reserve("two", 900, model="free", idempotency_key="lapsed", expires_in=AN_HOUR / 2)
-        store.refund("charge", 10)
-        store.delete(3)
+    make_ledger(path)
     return path
 
 
