@@ -3,9 +3,9 @@
 Each test is small by default and has its full size with ``--full``.
 """
 
-import dataclasses
 import random
 import threading
+import time
 import uuid
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
@@ -13,8 +13,8 @@ from contextlib import suppress
 import pytest
 from processes import SPAWN
 
-from usage_middleware import OperationConflict, QuotaExceeded, SQLiteTokenStore, open_store
-from usage_middleware.operations import Operation, check_allowed
+from usage_middleware import Account, Operation, OperationConflict, QuotaExceeded, SQLiteTokenStore, open_store
+from usage_middleware.operations import take
 
 MOST_UNITS = 100
 
@@ -29,20 +29,13 @@ class CarelessStore(SQLiteTokenStore):
 
     def charge(self, key, amount):
         token = self.get(key)
-        check_allowed(token, amount, None, 0, 0)
+        now = time.time()
+        operation = Operation(id=uuid.uuid4().hex, token_id=token.id, kind="charge", amount=amount, created_at=now)
+        changes = take(Account(token=token), operation, now)
         with suppress(threading.BrokenBarrierError):
             self.barrier.wait(1)
-        charged = dataclasses.replace(
-            token, total_used=token.total_used + amount, total_available=token.total_available - amount
-        )
-        operation = Operation(id=uuid.uuid4().hex, token_id=token.id, kind="charge", amount=amount, held=amount)
-
-        def work(transaction):
-            transaction.save(charged)
-            transaction.insert_operation(operation)
-            return charged
-
-        return self._transact(work)
+        self._transact(lambda transaction: transaction.save(changes))
+        return changes.token
 
 
 def amounts(seed, count):
@@ -90,7 +83,7 @@ def hammer(open_, text, *, processes, threads, charges):
     quota = sum(sum(amounts(seed, count)) for of_process in seeds for seed in of_process) // 2
     done = threading.Event()
     with open_store(text) as store, ThreadPoolExecutor(2) as readers:
-        key = store.create(total_available=quota)[0].removeprefix("sk-")
+        key = store.create(total_available=quota)[0]
         reads = [readers.submit(read_until, done, store, key, quota) for _ in range(2)]
         try:
             with ProcessPoolExecutor(
@@ -148,7 +141,7 @@ def amount_of(number):
 def test_an_operation_that_is_sent_ten_times_is_made_once(store_text, full):
     count = 100_000 if full else 200 // small(store_text)
     with open_store(store_text) as store:
-        key = store.create(total_available=2**62)[0].removeprefix("sk-")
+        key = store.create(total_available=2**62)[0]
         with ProcessPoolExecutor(10 if full else 4, mp_context=SPAWN) as pool:
             for sent in [pool.submit(send_all, store_text, key, seed, count) for seed in range(10)]:
                 sent.result()
@@ -156,5 +149,5 @@ def test_an_operation_that_is_sent_ten_times_is_made_once(store_text, full):
         assert token.total_used == sum(map(amount_of, range(count)))
         assert token.total_available == 2**62 - token.total_used
         assert store.model_usage(token.id) == {"gpt-4o": sum(amount_of(number) for number in range(1, count, 2))}
-        made = sorted(operation.id for operation in store.history(token.id))
+        made = sorted(operation.idempotency_key for operation in store.history(token.id))
         assert made == sorted(f"request {number}" for number in range(count))

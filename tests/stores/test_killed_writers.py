@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from typing import NamedTuple
 
 import crash_writer
@@ -18,8 +19,7 @@ import pytest
 from sqlite_ledger import content
 
 import usage_middleware
-from usage_middleware import StoreError
-from usage_middleware.keys import strip_prefix
+from usage_middleware import Lookup, StoreError
 
 A_LOT = 10**12
 
@@ -35,31 +35,32 @@ class Entry(NamedTuple):
     refund_of: str | None = None
 
 
-def entry(operation):
-    return Entry(*(getattr(operation, field) for field in Entry._fields))
+def entry(operation, names):
+    fields = {field: getattr(operation, field) for field in Entry._fields}
+    return Entry(**{**fields, "refund_of": names.get(operation.refund_of)})
 
 
 def outcome(steps):
-    """The operations that these calls leave, by id."""
+    """The operations that these calls leave, by their idempotency keys."""
     left = {}
-    for method, operation_id, amount, model, refund_of in steps:
+    for method, name, amount, model, refund_of in steps:
         if method == "charge":
-            left[operation_id] = Entry("charge", amount, model, amount, amount)
+            left[name] = Entry("charge", amount, model, amount, amount)
         elif method == "reserve":
-            left[operation_id] = Entry("reserve", amount, model, amount, None)
+            left[name] = Entry("reserve", amount, model, amount, None)
         elif method == "settle":
-            left[operation_id] = left[operation_id]._replace(held=amount, final_amount=amount)
+            left[name] = left[name]._replace(held=amount, final_amount=amount)
         else:
             charge = left[refund_of]
             left[refund_of] = charge._replace(held=charge.held - amount)
-            left[operation_id] = Entry("refund", amount, charge.model, 0, amount, refund_of)
+            left[name] = Entry("refund", amount, charge.model, 0, amount, refund_of)
     return left
 
 
 def wait_until_nothing_runs(store, token_id):
     """A server may learn of a client's death, and end its transaction, a moment after it: a transaction that has the
     token's lock is the last."""
-    store._transact(lambda transaction: transaction.load(token_id))
+    store._transact(lambda transaction: transaction.load(Lookup(token_id=token_id, now=0, most_lapsed=0)))
 
 
 def first_steps(life, count):
@@ -95,7 +96,6 @@ def test_a_writer_that_is_killed(store_text, full, lanes, lives, all_lives):
     is_sqlite = "://" not in store_text
     with usage_middleware.open_store(store_text) as store:
         key, token = store.create(total_available=A_LOT, model_limits={"gpt-4o": A_LOT, "gpt-4o-mini": True})
-    key = strip_prefix(key)
     returned = kill_writers(store_text, key, lanes, all_lives if full else lives)
     assert len(returned) == lanes * (all_lives if full else lives)
 
@@ -110,9 +110,12 @@ def test_a_writer_that_is_killed(store_text, full, lanes, lives, all_lives):
             models[operation.model] += operation.held
         del models[None]
         assert Counter(store.model_usage(token.id)) == models
+        assert sum(day.used for day in store.usage_by_day(token.id, date.min, date.max)) == held
+        names = {operation.id: operation.idempotency_key for operation in operations}
         lives = defaultdict(dict)
         for operation in operations:
-            lives[operation.id.split("/")[0]][operation.id] = entry(operation)
+            name = operation.idempotency_key
+            lives[name.split("/")[0]][name] = entry(operation, names)
         assert len(operations) == sum(map(len, lives.values()))
         return lives
 
@@ -158,7 +161,7 @@ def test_a_server_that_is_killed(disposable_server, full):
         ThreadPoolExecutor(4) as threads,
     ):
         key, token = store.create(total_available=A_LOT, model_limits={"gpt-4o": A_LOT})
-        writers = [threads.submit(charge_until_acknowledged, store, strip_prefix(key), name, done) for name in range(4)]
+        writers = [threads.submit(charge_until_acknowledged, store, key, name, done) for name in range(4)]
         try:
             for kill in range(kills):
                 used = store.get_by_id(token.id).total_used
@@ -171,9 +174,8 @@ def test_a_server_that_is_killed(disposable_server, full):
             done.set()
         counts = [writer.result(60) for writer in writers]
         expected = [f"{name}/{number}" for name, (count, _) in enumerate(counts) for number in range(count)]
-        assert sorted(operation.id for operation in store.history(token.id)) == sorted(expected)
+        assert sorted(operation.idempotency_key for operation in store.history(token.id)) == sorted(expected)
         token = store.get_by_id(token.id)
         assert (token.total_used, token.total_available) == (len(expected), A_LOT - len(expected))
         assert store.model_usage(token.id) == {"gpt-4o": len(expected)}
-        assert all(repeated for _, repeated in counts)
         print(f"{kills} kills, {len(expected)} charges, {sum(repeated for _, repeated in counts)} repeated")

@@ -26,38 +26,38 @@ class Step(NamedTuple):
     """One call. What it is called with tells it from every other."""
 
     method: str
-    operation_id: str  # of a settle, that of the reservation
+    name: str  # its idempotency key; of a settle, that of the reservation
     amount: int
     model: str | None = None
-    refund_of: str | None = None
+    refund_of: str | None = None  # the name of the charge
 
 
 def steps(life):
     """The calls of a life, without end. Each changes something."""
     numbers = random.Random(life)
     for number in itertools.count():
-        operation_id = f"{life}/{number}"
+        name = f"{life}/{number}"
         amount = numbers.randint(1, 100)
         model = numbers.choice(MODELS)
         method = numbers.choice(("charge", "charge", "reserve", "refund"))
         if method == "reserve":
-            yield Step("reserve", operation_id, amount, model)
-            yield Step("settle", operation_id, numbers.randint(0, 100))
+            yield Step("reserve", name, amount, model)
+            yield Step("settle", name, numbers.randint(0, 100))
         else:
-            yield Step("charge", operation_id, amount, model)
+            yield Step("charge", name, amount, model)
         if method == "refund":
-            yield Step("refund", f"{operation_id}/refund", numbers.randint(1, amount), refund_of=operation_id)
+            yield Step("refund", f"{name}/refund", numbers.randint(1, amount), refund_of=name)
 
 
 def take(step, store, key):
     if step.method == "settle":
-        store.settle(step.operation_id, step.amount)
+        store.settle(store.find_operation(key, step.name), step.amount)
     elif step.method == "refund":
-        store.refund(step.refund_of, step.amount, idempotency_key=step.operation_id)
+        store.refund(store.find_operation(key, step.refund_of), step.amount, idempotency_key=step.name)
     elif step.method == "reserve":
-        store.reserve(key, step.amount, model=step.model, idempotency_key=step.operation_id, expires_in=A_DAY)
+        store.reserve(key, step.amount, model=step.model, idempotency_key=step.name, expires_in=A_DAY)
     else:
-        store.charge(key, step.amount, model=step.model, idempotency_key=step.operation_id)
+        store.charge(key, step.amount, model=step.model, idempotency_key=step.name)
 
 
 def live(text, key, life, reports, others):

@@ -238,8 +238,8 @@ def operate(database, ports, seed):
     return books
 
 
-def take_step(store, account, step, amount, operation_id):
-    key = strip_prefix(account.key)
+def take_step(store, account, step, amount, name):
+    key = account.key
     if step == "charge":
         store.charge(key, amount)
         account.use(amount)
@@ -247,8 +247,8 @@ def take_step(store, account, step, amount, operation_id):
         store.settle(store.reserve(key, 50), amount)
         account.use(amount)
     elif step == "refund":
-        store.charge(key, 100, idempotency_key=operation_id)
-        store.refund(operation_id, amount)
+        store.charge(key, 100, idempotency_key=name)
+        store.refund(store.find_operation(key, name), amount)
         account.use(100 - amount)
     elif step == "grant":
         store.grant(account.id, amount)
