@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import click
-from werkzeug.exceptions import NotFound
 
 from ..stores.sqlite.sqlite_store import SQLiteTokenStore
+from ..wsgi.endpoints.new_api import NewAPI
+from ..wsgi.endpoints.not_found import NotFound
 from ..wsgi.middleware import UsageMiddleware
 from .printing import echo, program
 from .serve import host_option, listen, port_option
@@ -49,7 +50,7 @@ def demo(host: str, port: int) -> None:
                 echo("Ctrl-C stops the demonstration and removes its database.")
 
             if not stop.is_requested:
-                listen(UsageMiddleware(NotFound(), store), host, port, ready, stop)
+                listen(UsageMiddleware(NotFound(), store, new_api=NewAPI()), host, port, ready, stop)
 
 
 COMMANDS = (demo,)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import click
-from werkzeug.exceptions import NotFound
 
 from ..stores.base import QuotaStore
+from ..wsgi.endpoints.new_api import NewAPI
+from ..wsgi.endpoints.not_found import NotFound
 from ..wsgi.middleware import UsageMiddleware
 from . import server
 from .db_option import database_option, open_token_store
@@ -43,6 +44,25 @@ port_option = click.option(
     metavar="URI",
     help="Where failures are counted, such as redis://localhost:6379.  [default: memory://]",
 )
+@click.option(
+    "--new-api/--no-new-api",
+    "with_new_api",
+    default=None,
+    help="Answer what clients of new-api ask beside the path.  [default: unless there is an --app]",
+)
+@click.option(
+    "--quota-per-unit",
+    type=click.IntRange(min=1),
+    help="How many quota units are one US dollar to clients of new-api.  [default: 500000]",
+)
+@click.option(
+    "--display",
+    type=click.Choice(["USD", "TOKENS"]),
+    help="What clients of new-api show: US dollars, or quota units as they are.  [default: USD]",
+)
+@click.option(
+    "--system-name", metavar="NAME", help="What clients of new-api call this service.  [default: usage-middleware]"
+)
 def serve(
     application: str | None,
     host: str,
@@ -52,8 +72,12 @@ def serve(
     no_cors: bool,
     throttle: str | None,
     throttle_storage: str | None,
+    with_new_api: bool | None,
+    **new_api_options: Any,
 ) -> None:
     """Serve the endpoint, alone or in front of an application.
+
+    Alone, it also answers new-api's other endpoints: without them, some clients show nothing.
 
     A database of new-api is served as it is, and not written to.
 
@@ -63,13 +87,19 @@ def serve(
         raise click.UsageError("--allow-origin and --no-cors exclude each other")
     if throttle_storage is not None and throttle is None:
         raise click.UsageError("--throttle-storage needs a --throttle")
+    given = {name: value for name, value in new_api_options.items() if value is not None}
+    if with_new_api is None:
+        with_new_api = application is None
+    if given and not with_new_api:
+        raise click.UsageError(f"--{next(iter(given)).replace('_', '-')} needs --new-api")
     with stop_in_order() as stop, open_token_store() as store:
-        wrapped = server.load_application(application) if application else NotFound()
         allow_origins = () if no_cors else "*" if origins in ((), ("*",)) else origins
+        wrapped = server.load_application(application) if application else NotFound(allow_origins)
         middleware = UsageMiddleware(
             wrapped,
             store,
             path=path,
+            new_api=NewAPI(**given) if with_new_api else None,
             allow_origins=allow_origins,
             throttle=throttle,
             throttle_storage="memory://" if throttle_storage is None else throttle_storage,
