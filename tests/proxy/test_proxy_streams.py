@@ -17,7 +17,7 @@ from client import call, environ
 from raw_service import WAIT, answering, bodies, serving
 
 from usage_middleware import Proxy, UpstreamError, UpstreamTimeout
-from usage_middleware.wsgi.proxy.forwarding import Refusal
+from usage_middleware.wsgi.refusals import Refused
 
 HEAD = b"HTTP/1.1 200 OK\r\n"
 LENGTH = HEAD + b"Content-Length: 6\r\n\r\n"
@@ -328,7 +328,7 @@ def test_a_client_that_ends_its_body_early_while_the_answer_passes():
     with serving(handle) as service:
         variables = {"wsgi.input": Input(pieces()), "CONTENT_LENGTH": str(UPLOAD)}
         result = Proxy(service.url)(environ("POST", **variables), started()[0])
-        with pytest.raises(Refusal, match="ended early"):
+        with pytest.raises(Refused):
             list(result)
         assert service.result()
 

@@ -42,6 +42,11 @@ def error_body(kind: str, message: str) -> str:
     return to_json({"success": False, "message": message})
 
 
+def sdk_error_body(error_type: str, code: str, message: str) -> str:
+    """Return the body of an error with all that OpenAI's SDK reads and all that Anthropic's reads."""
+    return to_json({"type": "error", "error": {"message": message, "type": error_type, "param": None, "code": code}})
+
+
 def send(response: Response, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
     """Answer a WSGI request with ``response``; return what a WSGI application returns."""
     status, headers, body = response

@@ -6,13 +6,13 @@ a 402 or 403 they do not send a request again, to a 429 twice, after as long as 
 
 from __future__ import annotations
 
-import json
 from http import HTTPStatus
 from typing import Final
 
 from werkzeug.exceptions import HTTPException
 
 from ..refusals import CHALLENGE, INVALID_TOKEN, MALFORMED, NO_KEY, THROTTLED, UNAVAILABLE, UNKNOWN, Problem, Refused
+from ..responses import sdk_error_body
 
 EXPIRED: Final = "expired"
 MODEL_NOT_ALLOWED: Final = "model not allowed"
@@ -63,9 +63,7 @@ def problems(exhausted_status: int) -> dict[str, Problem]:
 
 def error_body(kind: str, message: str) -> str:
     """Return the body of a refusal."""
-    error_type, code = _TYPES[kind]
-    error = {"message": message, "type": error_type, "param": None, "code": code}
-    return json.dumps({"type": "error", "error": error}, separators=(",", ":"))
+    return sdk_error_body(*_TYPES[kind], message)
 
 
 def refused_body(error: HTTPException) -> Refused | None:

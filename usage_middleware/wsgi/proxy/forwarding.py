@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote, unquote
 
-if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+from ..refusals import Header, Refused
+from .proxy_refusals import BAD_REQUEST, LENGTH_REQUIRED, NOT_IMPLEMENTED
 
-Header = tuple[str, str]
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
 
 # Small, so that a slow upload keeps moving.
 _BLOCK_SIZE: Final = 16_384
@@ -50,44 +50,12 @@ _LEAVES_BASE: Final = re.compile(r"[/\\]\.\.(?:[/\\;]|$)")
 _PSEUDONYM: Final = "usage-middleware"  # in Via
 
 
-class Refusal(Exception):
-    """An answer of the proxy's own. It is a WSGI application."""
-
-    def __init__(self, status: str, error_type: str, code: str, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        error = {"message": message, "type": error_type, "param": None, "code": code}
-        self.body = json.dumps({"type": "error", "error": error}, separators=(",", ":")).encode()
-
-    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        headers = [
-            ("Content-Type", "application/json; charset=utf-8"),
-            ("Content-Length", str(len(self.body))),
-            ("Cache-Control", "no-store"),
-            ("X-Content-Type-Options", "nosniff"),
-        ]
-        start_response(self.status, headers)
-        return [] if environ["REQUEST_METHOD"] == "HEAD" else [self.body]
-
-
-def _bad_request(message: str) -> Refusal:
-    return Refusal("400 Bad Request", "invalid_request_error", "bad_request", message)
-
-
-def _length_required(message: str) -> Refusal:
-    return Refusal("411 Length Required", "invalid_request_error", "length_required", message)
-
-
-def _not_implemented(message: str) -> Refusal:
-    return Refusal("501 Not Implemented", "invalid_request_error", "not_implemented", message)
-
-
 class RequestBody:
     """The body of a request, read in blocks and never past its end.
 
     :ivar framing: the header that says where it ends, if there is one.
     :ivar ended: whether all of it has been read.
-    :raises Refusal: the request does not say where its body ends, or says it in two ways, by which requests are
+    :raises Refused: the request does not say where its body ends, or says it in two ways, by which requests are
         smuggled past a proxy (RFC 9112 section 11.2).
     """
 
@@ -101,17 +69,17 @@ class RequestBody:
         self._block = b""
         self.framing: list[Header] = []
         if coding and length:
-            raise _bad_request("The request has both a Content-Length and a Transfer-Encoding.")
+            raise Refused(BAD_REQUEST, message="The request has both a Content-Length and a Transfer-Encoding.")
         if length:
             if not _CONTENT_LENGTH.fullmatch(length):
-                raise _bad_request("The Content-Length of the request is not a number.")
+                raise Refused(BAD_REQUEST, message="The Content-Length of the request is not a number.")
             self._left = int(length)
             self.framing = [("Content-Length", str(self._left))]
         elif coding:
             if coding != "chunked":
-                raise _not_implemented("The request has a Transfer-Encoding other than 'chunked'.")
+                raise Refused(NOT_IMPLEMENTED, message="The request has a Transfer-Encoding other than 'chunked'.")
             if not environ.get("wsgi.input_terminated"):
-                raise _length_required("The server cannot read a request without a Content-Length.")
+                raise Refused(LENGTH_REQUIRED)
             self._left = None
         elif self._is_framed_by_protocol(environ):
             self._left = None
@@ -131,7 +99,7 @@ class RequestBody:
             return b"%x\r\n%b\r\n" % (len(block), block)  # the last chunk, and no trailers, if it is empty
         block = self._input(min(self._left, _BLOCK_SIZE))
         if not block:
-            raise _bad_request("The body of the request ended early.")
+            raise Refused(BAD_REQUEST, message="The body of the request ended early.")
         self._left -= len(block)
         self.ended = not self._left
         return block
@@ -145,18 +113,18 @@ class RequestBody:
 
 
 def check_request(environ: WSGIEnvironment) -> None:
-    """Raise :exc:`Refusal` for what is not forwarded whatever the service.
+    """Raise :exc:`Refused` for what is not forwarded whatever the service.
 
     ``TRACE`` would send back the headers that :class:`Proxy` adds, which may be credentials.
     """
     method: str = environ["REQUEST_METHOD"]
     if method in ("CONNECT", "TRACE") or not _METHOD.fullmatch(method):
-        raise _not_implemented("The method of the request is not supported.")
+        raise Refused(NOT_IMPLEMENTED, message="The method of the request is not supported.")
     protocols = {protocol.strip(" \t").lower() for protocol in environ.get("HTTP_UPGRADE", "").split(",")}
     # A server may ignore an Upgrade (RFC 9110 section 7.8). Java's HttpClient asks for h2c in every first request and
     # goes on with HTTP/1.1; a WebSocket cannot go on.
     if protocols - {"", "h2c"}:
-        raise _not_implemented("The connection cannot be upgraded to another protocol.")
+        raise Refused(NOT_IMPLEMENTED, message="The connection cannot be upgraded to another protocol.")
 
 
 def request_target(environ: WSGIEnvironment, base: str) -> str:
@@ -171,14 +139,14 @@ def request_target(environ: WSGIEnvironment, base: str) -> str:
     if path == "*" and environ["REQUEST_METHOD"] == "OPTIONS" and not base:
         return path
     if path and not path.startswith("/"):
-        raise _bad_request("The path of the request does not begin with a slash.")
+        raise Refused(BAD_REQUEST, message="The path of the request does not begin with a slash.")
     if base and _LEAVES_BASE.search(path):
-        raise _bad_request("The path of the request has a '..' segment.")
+        raise Refused(BAD_REQUEST, message="The path of the request has a '..' segment.")
     try:
         query = _QUERY_UNSAFE.sub(_escape, environ.get("QUERY_STRING", ""))
         target = base + _as_written(environ, path) or "/"
     except UnicodeEncodeError:
-        raise _bad_request("The path of the request is not valid.") from None
+        raise Refused(BAD_REQUEST, message="The path of the request is not valid.") from None
     return f"{target}?{query}" if query else target
 
 
@@ -228,7 +196,7 @@ def request_headers(
                 headers.append((name, value))
     for name, value in headers:
         if not HEADER_NAME.fullmatch(name) or not HEADER_VALUE.fullmatch(value):
-            raise _bad_request("The request has a malformed header.")
+            raise Refused(BAD_REQUEST, message="The request has a malformed header.")
     return [*headers, *replacements.values()]
 
 

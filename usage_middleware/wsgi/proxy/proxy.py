@@ -22,20 +22,21 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import quote, urlsplit
 
 from ...errors import UpstreamError, UpstreamTimeout
+from ..refusals import Header, Refused
+from ..responses import send
 from .answers import Answer
 from .forwarding import (
     FRAMING,
     HEADER_NAME,
     HEADER_VALUE,
     PATH_SAFE,
-    Header,
-    Refusal,
     RequestBody,
     answer_headers,
     check_request,
     request_headers,
     request_target,
 )
+from .proxy_refusals import BAD_GATEWAY, GATEWAY_TIMEOUT, RESPONSES
 from .upstream import Exchange
 
 if TYPE_CHECKING:
@@ -114,8 +115,8 @@ class Proxy:
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         try:
             exchange, answer = self._ask(environ)
-        except Refusal as refusal:
-            return refusal(environ, start_response)
+        except Refused as refused:
+            return send(RESPONSES.refusal(refused), environ, start_response)
         try:
             start_response(f"{answer.status} {answer.reason or _phrase(answer.status)}", self._headers(answer, environ))
         except BaseException:
@@ -143,17 +144,10 @@ class Proxy:
                 raise
         except UpstreamTimeout as error:
             logger.error("%s does not answer: %s", self.url, error)
-            raise Refusal(
-                "504 Gateway Timeout", "timeout_error", "gateway_timeout", "The service does not answer in time."
-            ) from error
+            raise Refused(GATEWAY_TIMEOUT) from error
         except UpstreamError as error:
             logger.error("%s cannot be used: %s", self.url, error)
-            raise Refusal(
-                "502 Bad Gateway",
-                "api_error",
-                "bad_gateway",
-                "The service cannot be reached, or its answer is invalid.",
-            ) from error
+            raise Refused(BAD_GATEWAY) from error
 
     def _connection(self) -> HTTPConnection:
         if self._tls is None:
