@@ -11,6 +11,7 @@ from contextlib import closing, suppress
 
 import pytest
 from command import SCRIPT
+from sqlite_files import another_process
 from transferring import lines, tokens
 
 from usage_middleware import SQLiteTokenStore
@@ -190,7 +191,7 @@ def test_a_rehearsal_does_not_need_to_write(run, db):
     db.with_name("t.csv").write_text("key\nthe-key-of-holder-one\nthe-key-of-holder-two\n")
     with SQLiteTokenStore(db) as store:
         store.create(key="the-key-of-holder-one")
-        with store._connections.write():  # somebody is busy
+        with another_process(db, "BEGIN IMMEDIATE"):  # somebody is busy
             assert "1 would be imported, 1 already there" in run("import", "--dry-run", "t.csv")[1]
 
 

@@ -17,6 +17,7 @@ from gateway import KEY, OLDEST, Gateway, endpoint
 from usage_middleware import (
     NewAPITokenStore,
     StoreError,
+    forks,
 )
 from usage_middleware.stores import is_new_api
 from usage_middleware.stores.sqlite import reading
@@ -217,13 +218,13 @@ def test_a_reader_among_writes_sees_whole_transactions(sqlite_gateway, mode, wha
 def test_a_writer_that_comes_while_it_is_read(sqlite_gateway, monkeypatch, writer_stays):
     path = sqlite_gateway.engine.url.database
     use_wal(path)
-    connect = reading.connect
+    open_reader = reading.open_reader
     unfinished = []
     with contextlib.ExitStack() as stack, NewAPITokenStore(path) as store:
 
-        def connect_before_a_write(path):
-            monkeypatch.setattr(reading, "connect", connect)
-            reader = connect(path)
+        def open_before_a_write(*arguments, **options):
+            monkeypatch.setattr(reading, "open_reader", open_reader)
+            reader = open_reader(*arguments, **options)
             unfinished.append(reader.execute("SELECT used_quota FROM tokens"))  # it keeps the pages
             assert unfinished[0].fetchone() == (12345,)
             writer = stack.enter_context(contextlib.closing(sqlite3.connect(path)))
@@ -234,7 +235,7 @@ def test_a_writer_that_comes_while_it_is_read(sqlite_gateway, monkeypatch, write
             return reader
 
         store.get(KEY)
-        monkeypatch.setattr(reading, "connect", connect_before_a_write)
+        monkeypatch.setattr(reading, "open_reader", open_before_a_write)
         assert store.get(KEY).total_used == 1
 
 
@@ -298,15 +299,34 @@ def test_connections_and_descriptors_do_not_add_up(sqlite_gateway):
             with NewAPITokenStore(path) as other:
                 other.get(KEY)
         assert len(os.listdir("/proc/self/fd")) == before
-        assert not reading._readers
+        assert not forks._held[os.getpid()]
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_fork_while_another_thread_reads(sqlite_gateway):
+def test_a_fork_while_it_is_read(sqlite_gateway, monkeypatch):
+    monkeypatch.setattr(forks, "_PATIENCE", 0.05)
     path = sqlite_gateway.engine.url.database
     with NewAPITokenStore(path) as store:
-        reader = reading.connect(path)
-        reader.execute("SELECT * FROM tokens")
-        assert "was being read when this process was forked" in forked(lambda: store.get(KEY))
-        reader.close()
+        said = reading.look(path, lambda connection: forked(lambda: store.get(KEY)))
+        assert "in use when this process was forked" in said
         assert forked(lambda: store.get(KEY).name) == "Alice"
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_fork_waits_until_another_thread_has_read(sqlite_gateway):
+    path = sqlite_gateway.engine.url.database
+    reading_now, forking = threading.Event(), threading.Event()
+
+    def read(connection):
+        reading_now.set()
+        assert forking.wait(30)
+        time.sleep(0.1)
+        return connection.execute("SELECT 1").fetchall()
+
+    with NewAPITokenStore(path) as store:
+        thread = threading.Thread(target=reading.look, args=[path, read])
+        thread.start()
+        assert reading_now.wait(30)
+        forking.set()
+        assert forked(lambda: store.get(KEY).name) == "Alice"
+        thread.join()

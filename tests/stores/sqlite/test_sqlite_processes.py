@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 from holders import create
@@ -33,23 +32,33 @@ from usage_middleware.keys import strip_prefix
 @needs_proc
 def test_connections_are_as_many_as_are_needed_at_once(path):
     make_database(path)
-    with SQLiteTokenStore(path) as store, ThreadPoolExecutor(80) as pool:
-        store.get("no-such-key")  # the tables are looked at once
-        with another_process(path, "BEGIN IMMEDIATE"):
-            answers = [pool.submit(store.create, name=str(number)) for number in range(80)]
-            # All at once: each waits for the lock, with a connection of its own.
-            deadline = time.monotonic() + 30
-            while list(open_files(path).values()).count(str(path)) < 80:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-        assert {answer.result()[1].name for answer in answers} == {str(number) for number in range(80)}
-        assert 1 <= count_connections(path) <= 64
-        at_most = len(open_files(path))
-        for _ in range(5):
-            list(pool.map(store.get, ["no-such-key"] * 640))
-        assert len(open_files(path)) <= at_most
-        assert count_connections(path) <= 64
+    with SQLiteTokenStore(path) as store:
+        connections = store._connections
+        pool = connections._pools.get()
+        boxes = [[] for _ in range(80)]
+        for box in boxes:
+            connections._lend(pool, box)
+            box[0].connection.execute("SELECT count(*) FROM tokens").fetchall()
+        assert count_connections(path) == 80
+        for box in boxes:
+            pool.take_back(box)
+        assert count_connections(path) == 64
+        with ThreadPoolExecutor(80) as threads:
+            list(threads.map(store.get, ["no-such-key"] * 640))
+        assert count_connections(path) == 64
     assert open_files(path) == {}
+
+
+@needs_proc
+def test_a_thread_that_waits_to_write_has_no_connection(path):
+    make_database(path)
+    with SQLiteTokenStore(path) as store, ThreadPoolExecutor(20) as threads:
+        with another_process(path, "BEGIN IMMEDIATE"):
+            answers = [threads.submit(store.create, name=str(number)) for number in range(20)]
+            assert store.get("no-such-key") is None
+            assert not any(answer.done() for answer in answers)
+            assert count_connections(path) <= 2
+        assert {answer.result()[1].name for answer in answers} == {str(number) for number in range(20)}
 
 
 @needs_proc

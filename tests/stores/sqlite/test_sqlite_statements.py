@@ -1,6 +1,5 @@
 """Each statement of each call fails once: the call is whole, or it never was."""
 
-import functools
 import shutil
 import sqlite3
 from contextlib import contextmanager
@@ -69,7 +68,7 @@ def statements(monkeypatch):
             statements.reach("rollback")
             super().rollback()
 
-    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Connection))
+    monkeypatch.setattr(sqlite3, "Connection", Connection)
     yield statements
     assert opened
     left = [connection for connection in opened if not connection.is_closed]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from types import TracebackType
@@ -42,7 +44,6 @@ from ..sql.database import POSTGRESQL, Database
 from ..sql.sql_migrations import VERSION_TABLE
 from ..sql.sql_schema import MYSQL
 from ..sqlite import reading
-from ..sqlite.reading import Reader
 from ..sqlite.sqlite_url import sqlite_path
 
 _Result = TypeVar("_Result")
@@ -191,27 +192,21 @@ class _SQLiteFile(Database):
         # Absolute, as a server may change its directory later.
         path = os.path.abspath(path)
         url = URL.create("sqlite", database=path)
+        self._reader = threading.local()
         super().__init__(
-            create_engine(url, creator=lambda: reading.connect(path), poolclass=NullPool, hide_parameters=True),
+            create_engine(url, creator=lambda: self._reader.connection, poolclass=NullPool, hide_parameters=True),
             _DIALECTS,
         )
         self.name = path
         self._reading = self._engine  # Its connections begin no transactions.
 
     def _look(self, work: Callable[[Connection], _Result]) -> _Result:
-        while True:
-            with self._reading.connect() as connection:
-                reader = connection.connection.driver_connection
-                assert isinstance(reader, Reader)
-                try:
-                    result = work(connection)
-                except SQLAlchemyError:
-                    # Half of it as it was and half as it is now may look like a damaged file.
-                    if reader.is_true():
-                        raise
-                    continue
-                if reader.is_true():
-                    return result
+        return reading.look(self.name, lambda reader: self._look_with(reader, work))
+
+    def _look_with(self, reader: sqlite3.Connection, work: Callable[[Connection], _Result]) -> _Result:
+        self._reader.connection = reader  # which the engine asks for in this thread
+        with self._reading.connect() as connection:
+            return work(connection)
 
     def _explained(self, error: SQLAlchemyError) -> StoreError:
         if "readonly database" in str(error):

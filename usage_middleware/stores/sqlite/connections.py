@@ -5,62 +5,73 @@ from __future__ import annotations
 import os
 import random
 import sqlite3
-import threading
+import stat
 import time
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Final, TypeVar
 
-from ...errors import StoreError
+from ... import forks
+from ...errors import QuotaError, StoreError
+from . import reading, sqlite_errors
+from .handle import Box, close_all, open_handle
+from .turn import Turn, WriteLock
 
 _MINIMUM_VERSION: Final = (3, 37)  # STRICT tables (sqlite.org/stricttables.html)
 _MOST_IDLE: Final = 64  # a connection more than these is closed when its thread is done with it
 _CHECK_INTERVAL: Final = 1.0  # seconds in which readers do not look whether the file is still the same
 # Seconds between two attempts at a lock, on the average. Shorter ones cost more, with many who wait, than they gain.
 _PAUSE: Final = 0.004
+_NEW_FILE: Final = stat.S_IFREG | 0o660
 
 _Result = TypeVar("_Result")
 
 
 class _Pool:
-    """The connections of one process to one file."""
+    """The connections of one process to the file that is at a path."""
 
-    __slots__ = ("check_at", "closed", "file", "idle", "open", "writing")
+    __slots__ = ("check_at", "epoch", "existed", "file", "idle", "lock")
 
-    def __init__(self, file: tuple[int, int] | None) -> None:
-        self.idle: list[sqlite3.Connection] = []
-        self.open: set[sqlite3.Connection] = set()  # those that are lent out, too
-        # Threads of one process wait here for each other, so that only one of them asks SQLite again and again.
-        self.writing = threading.Lock()
-        self.file = file
-        self.check_at = time.monotonic() + _CHECK_INTERVAL
-        self.closed = False
+    def __init__(self) -> None:
+        self.idle: Box = []
+        self.lock = WriteLock()
+        self.file: tuple[int, int] | None = None  # to which the connections are
+        self.existed = False
+        self.epoch = object()
+        self.check_at = 0.0  # time.monotonic()
+
+    def take_back(self, box: Box) -> None:
+        """Take the connection out of a box that a call is done with."""
+        if box[0].epoch is self.epoch and len(self.idle) < _MOST_IDLE:
+            self.idle.append(box.pop())
+        else:
+            close_all(box)
 
     def close(self) -> None:
-        """Closes what is idle; a connection that is lent out is closed when it comes back."""
-        self.closed = True
+        """Close what is idle. A connection that is lent out is closed when it comes back."""
         self.file = None
         self.check_at = 0.0
-        while self.idle:
-            self.discard(self.idle.pop())
-
-    def discard(self, connection: sqlite3.Connection) -> None:
-        """Closes a connection that does not come back."""
-        connection.close()
-        self.open.discard(connection)
+        self.epoch = object()
+        box: Box = []
+        try:
+            while True:
+                box.append(self.idle.pop())
+                close_all(box)
+        except IndexError:
+            pass
+        finally:
+            close_all(box)
 
 
 class Connections:
     """The connections to one database file.
 
-    Nothing is opened before the first use, so that a server may construct a store and then fork. SQLite forbids to
-    carry a connection over a fork (sqlite.org/howtocorrupt.html, section 2.6), even to close it, and more: its record
-    of the locks that a process has on a file lies in the process's memory, and a child that inherits it takes none of
-    its own, so that others undo what it writes. So idle connections are closed before a fork. Where one was open all
-    the same, in use by another thread or at a fork that Python was not told of, the child is refused: each process
-    has a pool of its own, told apart by the process id.
+    Nothing is opened before the first use, so that a server may construct a store and then fork. What is idle is closed
+    before a fork. A child that has inherited a connection all the same, which was in use by another thread for long or
+    at a fork that Python was not told of, is refused; see :mod:`usage_middleware.forks`.
+
+    An exception may arrive anywhere; see :mod:`.handle` for how no connection is left behind. One through which an
+    unknown exception has passed is closed, as nothing is known of it.
     """
 
     def __init__(self, path: str, *, timeout: float, synchronous: str, read_only: bool) -> None:
@@ -69,139 +80,153 @@ class Connections:
         self._synchronous = synchronous
         self._read_only = read_only
         self._closed = False
-        # Both by process id. A lock that some thread holds at a fork is nobody's in the child.
-        self._pools: dict[int, _Pool] = {}
-        self._locks: dict[int, threading.Lock] = {}
-        _all_connections.add(self)
-        # It runs at the exit of the interpreter too, so that SQLite can take its write-ahead log away.
-        weakref.finalize(self, _finish, self._pools)
+        # Closed at the exit of the interpreter too, so that SQLite can take its write-ahead log away.
+        self._pools = forks.PerProcess(_Pool, _Pool.close)
+        forks.close_before_fork(self)
 
     def read(self, sql: str, parameters: Sequence[Any]) -> list[Any]:
-        """All rows of a query. No cursor stays open, which would keep SQLite from checkpointing."""
-        connection, pool = self._acquire()
+        """Return all rows of a query. No cursor stays open, which would keep SQLite from checkpointing."""
+        pool = self._pools.get()
+        box: Box = []
+        since = 0.0
         try:
-            rows = self._patiently(lambda: connection.execute(sql, parameters).fetchall())
-        except sqlite3.Error as error:
-            pool.discard(connection)
-            raise self._explained(error) from error
+            while True:
+                try:
+                    self._lend(pool, box)
+                    rows = box[0].connection.execute(sql, parameters).fetchall()
+                    if box[0].frozen is None or not reading.has_changed(box[0]):
+                        pool.take_back(box)
+                        return rows
+                    close_all(box)
+                except sqlite3.Error as error:
+                    is_transient = self._is_transient(error, box)
+                    close_all(box)
+                    since = self._wait(error, since, is_transient=is_transient)
         except BaseException:
-            pool.discard(connection)
+            close_all(box)
             raise
-        self._release(connection, pool)
-        return rows
 
-    @contextmanager
-    def write(self) -> Iterator[sqlite3.Connection]:
-        """A connection in a transaction: committed at the end, undone by an exception."""
+    def transact(self, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
+        """Return what ``work`` returns, once all that it did in a transaction is committed.
+
+        What ``work`` raises undoes it. So does an exception that arrives before the commit, and none does after it.
+        """
         if self._read_only:
             raise StoreError(f"{self._path} was opened read-only")
-        connection, pool = self._acquire(write=True)
-        if not pool.writing.acquire(timeout=self._timeout):
-            self._release(connection, pool)
-            raise self._locked()
+        self._check_open()
+        pool = self._pools.get()
+        turn = Turn(pool.lock)
+        with turn, turn:
+            return self._transact(pool, turn, work)
+
+    # What holds something begins no `try` in its own frame: where one begins, Python guards nothing.
+
+    def _transact(self, pool: _Pool, turn: Turn, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
+        if not turn.take(self._timeout):
+            raise sqlite_errors.locked(self._path, self._timeout)
+        self._begin(pool, turn.box)
+        result = self._work(pool, turn.box, work)
+        self._commit(turn.box)
+        pool.take_back(turn.box)
+        return result
+
+    def _work(self, pool: _Pool, box: Box, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
         try:
-            # IMMEDIATE, as a deferred transaction that turns into a write fails at once where somebody else has
-            # written meanwhile, however long one waits (sqlite.org/lang_transaction.html, section 2.2).
-            self._patiently(lambda: connection.execute("BEGIN IMMEDIATE"))
-            yield connection
-            self._patiently(lambda: connection.execute("COMMIT"))
-        except sqlite3.Error as error:
-            pool.discard(connection)  # closing rolls back
-            raise self._explained(error) from error
-        except BaseException:
+            return work(box[0].connection)
+        except QuotaError:  # a refusal is an answer, and no reason to open another connection
             with suppress(sqlite3.Error):
-                connection.rollback()
-            self._release(connection, pool)
+                box[0].connection.rollback()
+                pool.take_back(box)
             raise
-        finally:
-            pool.writing.release()
-        self._release(connection, pool)
+        except sqlite3.Error as error:
+            raise self._explained(error) from error
 
     def close_idle(self) -> None:
-        """Closes what this process has idle; the next use opens anew."""
-        pool = self._pools.get(os.getpid())
+        """Close what this process has idle. The next use opens it again."""
+        pool = self._pools.peek()
         if pool is not None:
             pool.close()
 
     def close(self) -> None:
-        """Closes this process's connections; those lent out follow as they come back."""
+        """Close this process's connections. Those lent out follow as they come back."""
         self._closed = True
-        _finish(self._pools)
+        self._pools.close()
 
-    def _acquire(self, *, write: bool = False) -> tuple[sqlite3.Connection, _Pool]:
-        """A connection, and the pool to which it goes back."""
+    def _check_open(self) -> None:
         if self._closed:
             raise StoreError(f"the store of {self._path} is closed")
-        pool = self._pools.get(os.getpid())
-        try:
-            if pool is None or write or time.monotonic() >= pool.check_at:
-                pool = self._checked(pool)
+
+    def _begin(self, pool: _Pool, box: Box) -> None:
+        """Put a connection into a box and begin a transaction on it."""
+        since = 0.0
+        while True:
             try:
-                return pool.idle.pop(), pool
-            except IndexError:
-                connection = self._patiently(lambda: self._open("ro" if self._read_only else "rw"))
-                pool.open.add(connection)
-                return connection, pool
-        except sqlite3.Error as error:
-            raise self._explained(error) from error
+                self._lend(pool, box, write=True)
+                # IMMEDIATE, as a deferred transaction that turns into a write fails at once if another has written
+                # meanwhile, however long one waits (sqlite.org/lang_transaction.html, section 2.2).
+                box[0].connection.execute("BEGIN IMMEDIATE")
+                return
+            except sqlite3.Error as error:
+                is_transient = sqlite_errors.is_busy(error)
+                # A fork need not wait for it meanwhile.
+                if is_transient and box:
+                    pool.take_back(box)
+                close_all(box)
+                since = self._wait(error, since, is_transient=is_transient)
 
-    def _checked(self, pool: _Pool | None) -> _Pool:
-        """A pool of connections to the file that is at the path now: ``pool`` itself, where that is still so.
-
-        A file that is removed or replaced lives on for who has it open. What is written there is lost, and SQLite
-        does not tell (sqlite.org/howtocorrupt.html, section 2.4).
-        """
-        if pool is not None and pool.file is not None and pool.file == _identity(self._path):
-            pool.check_at = time.monotonic() + _CHECK_INTERVAL
-            return pool
-        if pool is not None:
-            pool.close()
-        elif any(inherited.open for inherited in self._pools.values()):
+    def _commit(self, box: Box) -> None:
+        if box[0].is_inherited:
             raise StoreError(
-                f"{self._path} was open when this process was forked, and SQLite cannot be used safely here: "
-                "use the store first after the fork, and fork while no other thread uses it"
+                f"{self._path} was in a transaction when this process was forked; its parent goes on with it"
             )
-        # A database that was there is not made anew: somebody is about to put it back.
-        connection = self._patiently(lambda: self._prepare(create=pool is None))
-        new = _Pool(_identity(self._path))
-        # Several threads may come here at once; the first one's pool is that of all.
-        with self._locks.setdefault(os.getpid(), threading.Lock()):
-            current = self._pools.get(os.getpid())
-            if current is pool or current is None:
-                current = self._pools[os.getpid()] = new
-        current.open.add(connection)
-        self._release(connection, current)
-        return current
+        since = 0.0
+        while True:
+            try:
+                box[0].connection.execute("COMMIT")
+                return
+            except sqlite3.Error as error:
+                since = self._wait(error, since, is_transient=sqlite_errors.is_busy(error))
 
-    def _release(self, connection: sqlite3.Connection, pool: _Pool) -> None:
-        if len(pool.idle) >= _MOST_IDLE or connection.in_transaction or pool.closed:
-            pool.discard(connection)
-        else:
-            pool.idle.append(connection)
+    def _lend(self, pool: _Pool, box: Box, *, write: bool = False) -> None:
+        """Put a connection into a box."""
+        self._check_open()
+        if write or time.monotonic() >= pool.check_at:
+            self._check_file(pool, box)
+        if not box:
+            try:
+                box.append(pool.idle.pop())
+            except IndexError:
+                self._open(pool, box)
 
-    def _open(self, mode: str) -> sqlite3.Connection:
-        """Opens a connection in an SQLite URI's ``mode``. Only ``rwc`` makes a file that is not there."""
-        connection = sqlite3.connect(
-            f"{Path(self._path).as_uri()}?mode={mode}",
-            uri=True,
-            timeout=0,  # _patiently waits instead
-            isolation_level=None,  # transactions begin where this package begins them
-            check_same_thread=False,  # lent to one thread at a time
-        )
-        try:
-            connection.execute(f"PRAGMA synchronous = {self._synchronous}")
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+    def _check_file(self, pool: _Pool, box: Box) -> None:
+        """Make sure that the connections of a pool are to the file that is at the path now.
 
-    def _prepare(self, *, create: bool) -> sqlite3.Connection:
-        """The first connection of a pool, to a database whose tables are there."""
+        A file that is removed or replaced lives on for a process that has it open. What is written there is lost, and
+        SQLite does not tell (sqlite.org/howtocorrupt.html, section 2.4).
+        """
+        if pool.file is None or pool.file != _identity(self._path):
+            pool.close()
+            inherited = forks.inherited()
+            if inherited:
+                raise StoreError(
+                    f"{inherited[0].path} was open when this process was forked, and SQLite cannot be used safely "
+                    "here: use the store first after the fork, and fork while no other thread uses it for long"
+                )
+            self._prepare(pool, box)
+        pool.check_at = time.monotonic() + _CHECK_INTERVAL
+
+    def _prepare(self, pool: _Pool, box: Box) -> None:
+        """Put the first connection into a box, to a database whose tables are there."""
         if sqlite3.sqlite_version_info < _MINIMUM_VERSION:
             raise StoreError(f"SQLite 3.37 or newer is needed, this is {sqlite3.sqlite_version}")
         from . import sqlite_schema  # loads sqlite-utils, which a service that only passes through does without
 
-        connection = self._open("ro" if self._read_only else "rwc" if create else "rw")
+        # A database that was there is not made again: someone is about to put it back.
+        if not self._read_only and not pool.existed:
+            _make_file(self._path)
+        file = _identity(self._path)
+        self._open(pool, box)
+        connection = box[0].connection
         try:
             connection.execute("BEGIN")
             current = sqlite_schema.is_current(connection)
@@ -212,99 +237,77 @@ class Connections:
                 _use_write_ahead_log(connection)
                 sqlite_schema.migrate(connection)
         except StoreError as error:
-            connection.close()
             raise StoreError(f"{self._path} {error}") from error.__cause__
-        except BaseException:
-            connection.close()
+        except sqlite3.Error:
+            close_all(box)
             raise
-        return connection
+        pool.existed = True
+        pool.file = file
 
-    def _patiently(self, action: Callable[[], _Result]) -> _Result:
-        """Repeats what another process's lock keeps from being done, until the timeout.
+    def _open(self, pool: _Pool, box: Box) -> None:
+        try:
+            if self._read_only:
+                reading.open_reader(box, self._path, epoch=pool.epoch)
+            else:
+                connection = open_handle(box, self._path, "mode=rw", epoch=pool.epoch)
+                connection.execute(f"PRAGMA synchronous = {self._synchronous}")
+        except OSError as error:
+            raise self._explained(error) from error
+        except sqlite3.Error:
+            close_all(box)
+            raise
+
+    def _is_transient(self, error: sqlite3.Error, box: Box) -> bool:
+        """Return whether another attempt may succeed."""
+        is_wrong = self._read_only and bool(box) and reading.is_wrong(box[0], error)
+        return is_wrong or sqlite_errors.is_busy(error)
+
+    def _wait(self, error: sqlite3.Error, since: float, *, is_transient: bool) -> float:
+        """Pause until the next attempt. Return when the first one failed.
 
         SQLite's own busy handler asks the less often the longer it waits, down to ten times a second, and so lets
         newcomers go first: with many writers, some wait for seconds. Here all ask equally often, so that each time
-        the lock is free everybody has the same chance.
+        the lock is free all have the same chance.
+
+        :raises StoreError: another attempt would not help, or the time is up.
         """
-        begun = None
-        while True:
-            try:
-                return action()
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error):
-                    raise
-                now = time.monotonic()
-                begun = begun or now
-                if now - begun >= self._timeout:
-                    raise
-            time.sleep(_PAUSE * random.uniform(0.5, 1.5))
+        if not is_transient:
+            raise self._explained(error) from error
+        now = time.monotonic()
+        since = since or now
+        if now - since >= self._timeout:
+            raise sqlite_errors.locked(self._path, self._timeout) from error
+        time.sleep(_PAUSE * random.uniform(0.5, 1.5))
+        return since
 
-    def _explained(self, error: sqlite3.Error) -> StoreError:
-        """What the operator needs to know of an error. SQLite's texts hold no keys and no digests."""
-        text = str(error)
-        if "locked" in text:
-            return self._locked()
-        if "not a database" in text:
-            reason = "is not an SQLite database"
-        elif "unable to open" in text:
-            reason = f"cannot be opened: {self._why_not_openable()}"
-        elif "readonly" in text:
-            reason = "cannot be written: the file or its folder is read-only"
-        else:
-            reason = f"failed: {text}"
-        return StoreError(f"{self._path} {reason}")
+    def _explained(self, error: Exception) -> StoreError:
+        pool = self._pools.peek()
+        is_expected = self._read_only or (pool is not None and pool.existed)
+        return sqlite_errors.explained(self._path, error, is_expected=is_expected)
 
-    def _locked(self) -> StoreError:
-        return StoreError(f"{self._path} is locked: others held it for longer than the timeout of {self._timeout:g} s")
 
-    def _why_not_openable(self) -> str:
-        folder = os.path.dirname(self._path)
-        if os.path.isdir(self._path):
-            return "it is a directory"
-        if not os.path.isdir(folder):
-            return f"there is no directory {folder}"
-        if not os.path.exists(self._path) and (self._read_only or os.getpid() in self._pools):
-            return "there is no such file"
-        return "this process may not read and write the file and its folder"
+def _make_file(path: str) -> None:
+    """Make an empty file that others cannot read, if there is none. SQLite gives ``-wal`` and ``-shm`` its mode."""
+    target = os.path.realpath(path)
+    with suppress(OSError):  # it is there; or SQLite finds out why it cannot be made
+        try:
+            # Opens nothing: to close a file would give up the locks that another thread has on it by then.
+            os.mknod(target, _NEW_FILE)
+        except (AttributeError, PermissionError):  # on some systems, that is for the administrator alone
+            os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, stat.S_IMODE(_NEW_FILE)))
 
 
 def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
-    """Switches the file to WAL, which lasts: readers and the writer do not wait for each other then."""
+    """Switch the file to WAL, which lasts: readers and the writer do not wait for each other then."""
     (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
     if mode != "wal":
         raise StoreError(f"cannot have a write-ahead log (journal mode is {mode!r}); use a local file system")
 
 
 def _identity(path: str) -> tuple[int, int] | None:
-    """What tells a file from another that has its name later."""
+    """Return what tells a file from another that has its name later."""
     try:
         status = os.stat(path)
     except OSError:
         return None
     return status.st_dev, status.st_ino
-
-
-_all_connections: weakref.WeakSet[Connections] = weakref.WeakSet()
-
-
-def _before_fork() -> None:
-    for connections in list(_all_connections):
-        connections.close_idle()
-
-
-if hasattr(os, "register_at_fork"):  # not where there is no fork
-    os.register_at_fork(before=_before_fork)
-
-
-def _finish(pools: dict[int, _Pool]) -> None:
-    """Closes the connections of this process, and gives up those inherited over a fork without closing them."""
-    own = pools.pop(os.getpid(), None)
-    if own is not None:
-        own.close()
-    inherited = [connection for pool in pools.values() for connection in pool.open]
-    if inherited:
-        import ctypes
-
-        for connection in inherited:
-            # An object that is freed closes its connection. One reference that nobody gives back keeps it from that.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))

@@ -1,81 +1,122 @@
-"""Connections to an SQLite database that another program keeps: they read it, and leave the file and its folder alone.
+"""Reading an SQLite database that another program may keep: its file and its folder are left alone.
 
-``mode=ro`` alone is not enough. Where a database is in WAL mode and nobody has it open, even a reader makes the files
-``-wal`` and ``-shm`` beside it, and leaves them there (sqlite.org/wal.html, "Read-Only Databases"). They are the
-reader's own then, and a program that runs as another user cannot write its own database any more.
+``mode=ro`` alone is not enough. If a database is in WAL mode and no program has it open, even a reader makes the files
+``-wal`` and ``-shm`` beside it, and leaves them there (sqlite.org/wal.html, "Read-Only Databases"). They belong to the
+reader then, and a program that runs as another user cannot write its own database any more.
 """
 
 from __future__ import annotations
 
 import os
 import sqlite3
-import threading
-from pathlib import Path
-from typing import Final
+import time
+from collections.abc import Callable
+from typing import Final, TypeVar
 
+from ... import forks
 from ...errors import StoreError
+from .handle import Box, Handle, close_all, open_handle
+
+_Result = TypeVar("_Result")
 
 _TIMEOUT: Final = 5.0  # seconds in which a writer should be done with its commit
 
+# Seconds in which a program that opens or closes a database has a log without its index, at the most.
+_TRANSITION: Final = 1.0
+_PAUSE: Final = 0.001  # seconds between two looks
+
 _WAL_HEADER: Final = b"\2\2"  # the two bytes at 18: the versions of the file format (sqlite.org/fileformat.html, 1.3)
 
+# Options of an SQLite URI (sqlite.org/uri.html).
+_LIVE: Final = "mode=ro"
+# Not on that page: SQLite neither makes the file -shm nor writes it. One process opens it in one way, so a process that
+# may write it does, or could not write the database either.
+_LIVE_OF_ANOTHER_USER: Final = "mode=ro&readonly_shm=1"
+# SQLite takes no lock on an immutable file and looks for no files beside it. It is not immutable; but as long as there
+# is no log, no program writes, and is_unchanged() notices one that came after that.
+_FROZEN: Final = "mode=ro&immutable=1"
 
-class Reader(sqlite3.Connection):
-    """A connection that cannot write. Made by :func:`connect`."""
-
-    _path: str
-    _process: int
-    _frozen: object = None
-
-    def is_true(self) -> bool:
-        """Whether what it has read up to now is what was there. If not, somebody else wrote meanwhile: read again."""
-        try:
-            return self._frozen is None or self._frozen == _frozen_state(self._path)
-        except OSError:  # It was taken away.
-            return False
-
-    def close(self) -> None:
-        super().close()
-        _readers.discard(self)
+_COLUMNS: Final = (
+    "SELECT columns.name FROM sqlite_master, pragma_table_info(sqlite_master.name) AS columns"
+    " WHERE sqlite_master.type = 'table' AND lower(sqlite_master.name) = lower(?)"
+)
 
 
-# Those that are open. One that was inherited over a fork stays: an object that is freed closes its connection.
-_readers: Final[set[Reader]] = set()
+def open_reader(box: Box, path: str, *, timeout: float = 0.0, epoch: object = None) -> sqlite3.Connection:
+    """Open the database at ``path`` into a box, to read it. Makes no file, whatever is there.
 
-
-def connect(path: str) -> Reader:
-    """Opens the database at ``path`` to read it. Makes no file, whatever is there.
-
-    :raises StoreError: it cannot be opened.
-    :raises sqlite3.Error: it cannot be opened, either.
+    :raises OSError: the file cannot be read.
+    :raises StoreError: it can only be read by a program that may write.
+    :raises sqlite3.Error: it cannot be opened. Much of what is wrong shows only when it is first read.
     """
     file = os.path.realpath(path)  # SQLite looks for the log beside the file that a symbolic link leads to
-    if any(reader._process != os.getpid() and reader._path == file for reader in list(_readers)):
-        # SQLite's record of the locks that a process has lies in the process's memory, and was copied: it would take
-        # none of its own here (sqlite.org/howtocorrupt.html, section 2.6).
-        raise StoreError(f"{path} was being read when this process was forked; fork while no other thread reads it")
+    deadline = time.monotonic() + _TRANSITION
+    while (frozen := _frozen_state(file)) is None and os.path.exists(f"{file}-wal") > os.path.exists(f"{file}-shm"):
+        if time.monotonic() >= deadline:
+            raise StoreError(
+                f"{path} has a write-ahead log ({os.path.basename(file)}-wal) without its index (-shm), as after a "
+                "crash or a copy; open it once for writing"
+            )
+        time.sleep(_PAUSE)
+    if frozen is not None:
+        options = _FROZEN
+    elif os.access(f"{file}-shm", os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+        options = _LIVE
+    else:
+        options = _LIVE_OF_ANOTHER_USER
+    return open_handle(box, file, options, timeout=timeout, epoch=epoch, frozen=frozen)
+
+
+def has_changed(reader: Handle) -> bool:
+    """Return whether another program has written since the reader was opened and no lock has kept it from that, so that
+    what was read may be wrong: open and read again."""
     try:
-        frozen = _frozen_state(file)
-    except FileNotFoundError:
-        raise StoreError(f"there is no file {path}") from None
-    except OSError as error:
-        raise StoreError(f"{path} cannot be opened: {error.strerror}") from None
-    # SQLite takes no lock on an immutable file and looks for no files beside it (sqlite.org/uri.html). It is not that;
-    # but as long as there is no log, nobody writes, and is_true() tells of one who came after this.
-    options = "mode=ro" if frozen is None else "mode=ro&immutable=1"
-    reader = sqlite3.connect(
-        f"{Path(file).as_uri()}?{options}",
-        uri=True,
-        timeout=_TIMEOUT,
-        isolation_level=None,
-        check_same_thread=False,
-        factory=Reader,
+        return reader.frozen is not None and reader.frozen != _frozen_state(reader.path)
+    except OSError:  # the file was taken away
+        return True
+
+
+def is_wrong(reader: Handle, error: Exception) -> bool:
+    """Return whether an error may only be that another program has written, opened or closed the database meanwhile."""
+    if reader.frozen is not None:
+        # Half of it as it was and half as it is now may look like a damaged file.
+        return has_changed(reader)
+    beside = [f"{reader.path}-wal", f"{reader.path}-shm"]
+    return "unable to open" in str(error) and all(
+        os.access(file, os.R_OK) or not os.path.exists(file) for file in beside
     )
-    reader._path, reader._process, reader._frozen = file, os.getpid(), frozen
-    _readers.add(reader)
-    # A name that is no UTF-8 is that row's matter, not that of all those that are read with it.
-    reader.text_factory = _decode
-    return reader
+
+
+def look(path: str, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
+    """Return what ``work`` reads in the database of another program, which it may be asked to read again.
+
+    :raises StoreError: the file cannot be opened.
+    """
+    if forks.inherited():
+        raise StoreError(f"{path} cannot be read: an SQLite database was in use when this process was forked")
+    box: Box = []
+    deadline = time.monotonic() + _TIMEOUT
+    try:
+        while True:
+            try:
+                connection = open_reader(box, path, timeout=_TIMEOUT)
+                # Decode leniently, so that one name that is not UTF-8 does not fail the whole query.
+                connection.text_factory = _decode
+                result = work(connection)
+                if not has_changed(box[0]):
+                    close_all(box)
+                    return result
+            except FileNotFoundError:
+                raise StoreError(f"there is no file {path}") from None
+            except OSError as error:
+                raise StoreError(f"{path} cannot be opened: {error.strerror}") from None
+            except Exception as error:
+                if not box or time.monotonic() >= deadline or not is_wrong(box[0], error):
+                    raise
+            close_all(box)
+    except BaseException:
+        close_all(box)
+        raise
 
 
 def _decode(text: bytes) -> str:
@@ -83,9 +124,10 @@ def _decode(text: bytes) -> str:
 
 
 def _frozen_state(path: str) -> object:
-    """What shows that a database in WAL mode, which nobody has open, was not written; ``None``: it is not like that.
+    """Return what changes when a database is written that is in WAL mode and that no program has open; ``None`` if it
+    is not such a one.
 
-    Who writes one has a log as long as it is open, and the file changes before the log goes.
+    A program that writes a database has a log as long as it is open, and changes the file before it removes the log.
     """
     status = os.stat(path)
     if os.path.exists(f"{path}-wal") or not _is_wal(path, status):
@@ -93,51 +135,41 @@ def _frozen_state(path: str) -> object:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-# Of each path. They stay open: to close any descriptor of a file gives up every lock that the process has on it, those
-# of SQLite's connections too (sqlite.org/howtocorrupt.html, section 2.2).
-_descriptors: Final[dict[str, int]] = {}
-_descriptors_lock = threading.Lock()
+# By device and inode, which is not given to another file as long as this is open. They stay open: to close any
+# descriptor of a file gives up every lock that the process has on it, those of SQLite's connections too
+# (sqlite.org/howtocorrupt.html, section 2.2).
+_descriptors: Final[dict[tuple[int, int], int]] = {}
 
 
 def _is_wal(path: str, status: os.stat_result) -> bool:
-    with _descriptors_lock:
-        descriptor = _descriptors.get(path)
-        if descriptor is None or not os.path.samestat(os.fstat(descriptor), status):
-            _descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            # A file that was removed is nobody's any more, and would take its space until this process ends.
-            if descriptor is not None and os.fstat(descriptor).st_nlink == 0:
-                os.close(descriptor)
-        return os.pread(_descriptors[path], len(_WAL_HEADER), 18) == _WAL_HEADER
+    descriptor = _descriptors.get((status.st_dev, status.st_ino))
+    if descriptor is None:
+        _close_removed()
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        opened = os.fstat(descriptor)
+        _descriptors.setdefault((opened.st_dev, opened.st_ino), descriptor)
+    return os.pread(descriptor, len(_WAL_HEADER), 18) == _WAL_HEADER
 
 
-def _after_fork() -> None:
-    # Another thread may have held it.
-    global _descriptors_lock
-    _descriptors_lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):  # not where there is no fork
-    os.register_at_fork(after_in_child=_after_fork)
+def _close_removed() -> None:
+    """Close what would take a removed file's space until this process ends."""
+    for file, descriptor in list(_descriptors.items()):
+        # One thread gets it, and closes it.
+        if os.fstat(descriptor).st_nlink == 0 and _descriptors.pop(file, None) is not None:
+            os.close(descriptor)
 
 
 def columns(path: str, table: str) -> set[str]:
-    """The names of a table's columns; none where there is no such table, or ``path`` is no database.
+    """Return the names of a table's columns; none if there is no such table, or ``path`` is not a database.
+
+    A view is not a table: to read one may take for ever.
 
     :raises StoreError: the file cannot be opened.
     """
-    while True:
-        try:
-            reader = connect(path)
-        except sqlite3.Error as error:
-            raise StoreError(f"{path} failed: {error}") from error
-        try:
-            rows = reader.execute("SELECT name FROM pragma_table_info(?)", (table,)).fetchall()
-            if reader.is_true():
-                return {name for (name,) in rows}
-        except sqlite3.Error as error:
-            if "not a database" in str(error):
-                return set()
-            if reader.is_true():
-                raise StoreError(f"{path} failed: {error}") from error
-        finally:
-            reader.close()
+    try:
+        rows = look(path, lambda connection: connection.execute(_COLUMNS, (table,)).fetchall())
+    except sqlite3.Error as error:
+        if "not a database" in str(error):
+            return set()
+        raise StoreError(f"{path} failed: {error}") from error
+    return {name for (name,) in rows}

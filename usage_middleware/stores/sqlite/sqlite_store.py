@@ -74,8 +74,7 @@ class SQLiteTokenStore(QuotaStore):
         return f"SQLiteTokenStore({self._path!r})"
 
     def _transact(self, work: Callable[[Transaction], _Result]) -> _Result:
-        with self._connections.write() as connection:
-            return work(SQLiteTransaction(connection))
+        return self._connections.transact(lambda connection: work(SQLiteTransaction(connection)))
 
     def _get(self, digest: bytes) -> Token | None:
         rows = self._connections.read(statements.TOKEN_BY_DIGEST, (digest,))

@@ -1,0 +1,100 @@
+"""One SQLite connection, and the list that has it: how neither an exception nor a fork leaves one behind.
+
+An exception may arrive between any two steps of a program: a signal handler raises, a worker's time is up, a greenlet
+is killed. So a connection is always in a list, a *box*: that of the call that uses it, or the idle ones of a pool. It
+enters the box before SQLite is called, and the call closes what is left in its box, whatever has happened. From one
+list to another it moves as ``other.append(box.pop())``: if an exception arrives in between, the handle is on the
+interpreter's stack alone, and is freed, which closes the connection.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from ... import forks
+
+
+class Handle:
+    """What a connection is reached by, and freed with: by itself it waits for the garbage collector, as it refers to
+    its cache of statements, and that to it.
+
+    It counts as open, by :mod:`usage_middleware.forks`, from before SQLite is called until SQLite has closed it.
+    """
+
+    _may_be_open = False
+
+    def __init__(self, path: str, *, epoch: object, frozen: object) -> None:
+        #: Not open yet: made first, so that there is no step between opening it and having it.
+        self.connection: Final = sqlite3.Connection.__new__(sqlite3.Connection)
+        self.path: Final = path
+        #: What its pool had then. It takes back no connection that was opened before its file was replaced.
+        self.epoch: Final = epoch
+        #: The state of a file that is read as one that does not change; see :mod:`.reading`.
+        self.frozen: Final = frozen
+        self._process = os.getpid()
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether it was opened by a process that has forked this one."""
+        return self._process != os.getpid()
+
+    def open(self, options: str, timeout: float) -> None:
+        self._may_be_open = True
+        forks.hold(self)
+        initialise: Any = partial(_initialise, self.connection)  # a factory need not be a class
+        sqlite3.connect(
+            f"{Path(self.path).as_uri()}?{options}",
+            uri=True,
+            timeout=timeout,
+            isolation_level=None,  # transactions begin where this package begins them
+            check_same_thread=False,  # used by one thread at a time
+            factory=initialise,
+        )
+
+    def close(self) -> None:
+        """Close the connection, once or again. If it is inherited, it is left alone instead, and never freed."""
+        if self.is_inherited:
+            forks.keep(self.connection)
+            return
+        with suppress(sqlite3.ProgrammingError):  # if SQLite was not reached
+            self.connection.close()
+        forks.release(self)
+        self._may_be_open = False
+
+    def __del__(self) -> None:
+        if self._may_be_open:
+            self.close()
+
+
+Box = list[Handle]
+
+
+def _initialise(connection: sqlite3.Connection, *arguments: Any, **options: Any) -> sqlite3.Connection:
+    """Do what SQLite's module would do with a new connection."""
+    sqlite3.Connection.__init__(connection, *arguments, **options)
+    return connection
+
+
+def open_handle(
+    box: Box, path: str, options: str, *, timeout: float = 0.0, epoch: object = None, frozen: object = None
+) -> sqlite3.Connection:
+    """Open the database at ``path`` into a box.
+
+    :param options: of an SQLite URI (sqlite.org/uri.html).
+    :param timeout: how many seconds SQLite itself waits for a lock.
+    """
+    box.append(Handle(path, epoch=epoch, frozen=frozen))
+    box[0].open(options, timeout)
+    return box[0].connection
+
+
+def close_all(box: Box) -> None:
+    """Close the connections in a box, and empty it. It can be called again if an exception has interrupted it."""
+    while box:
+        box[-1].close()
+        box.pop()

@@ -1,0 +1,43 @@
+"""What the operator needs to know of an error of SQLite. Its texts hold no keys and no digests."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+
+from ...errors import StoreError
+
+
+def is_busy(error: sqlite3.Error) -> bool:
+    """Return whether another connection had a lock, so that it is worth another try."""
+    return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
+
+
+def locked(path: str, timeout: float) -> StoreError:
+    return StoreError(f"{path} is locked: others held it for longer than the timeout of {timeout:g} s")
+
+
+def explained(path: str, error: Exception, *, is_expected: bool) -> StoreError:
+    """Return the error for a store's caller.
+
+    :param is_expected: the file was there, or is to be there: it is not made.
+    """
+    text = str(error)
+    if isinstance(error, OSError) or "unable to open" in text:
+        return StoreError(f"{path} cannot be opened: {_why_not_openable(path, is_expected)}")
+    if "not a database" in text:
+        return StoreError(f"{path} is not an SQLite database")
+    if "readonly" in text:
+        return StoreError(f"{path} cannot be written: the file or its folder is read-only")
+    return StoreError(f"{path} failed: {text}")
+
+
+def _why_not_openable(path: str, is_expected: bool) -> str:
+    folder = os.path.dirname(path)
+    if os.path.isdir(path):
+        return "it is a directory"
+    if not os.path.isdir(folder):
+        return f"there is no directory {folder}"
+    if is_expected and not os.path.exists(path):
+        return "there is no such file"
+    return "this process may not read and write the file and its folder"
