@@ -13,7 +13,7 @@ from typing import Any
 from .. import operations as rules
 from ..accounts import Account, Changes, Lookup
 from ..checks import can_exist, check_amount, check_seconds, check_text
-from ..errors import OperationConflict, OperationNotFound, QuotaExceeded, TokenNotFound
+from ..errors import OperationConflict, OperationNotFound, QuotaError, QuotaExceeded, TokenNotFound
 from ..keys import key_digest
 from ..operations import Kind, Operation
 from ..renewal import renewed
@@ -320,7 +320,7 @@ class Ledger(StoreHooks):
         return token_not_found(operation.token_id)
 
 
-class _NoAccount(Exception):
+class _NoAccount(QuotaError):
     """There is no such token or operation."""
 
 
