@@ -29,15 +29,16 @@ def charge(amount):
 
 @app.post("/reserve/<int:amount>")
 def reserve(amount):
-    return {"id": store.reserve(bearer_key(request.environ), amount, model="gpt-4o")}
+    return {"id": store.reserve(bearer_key(request.environ), amount, model="gpt-4o").id}
 
 @app.post("/settle/<operation_id>/<int:amount>")
 def settle(operation_id, amount):
     return {"left": store.settle(operation_id, amount).total_available}
 
-@app.post("/refund/<operation_id>")
-def refund(operation_id):
-    return {"left": store.refund(operation_id).total_available}
+@app.post("/refund")
+def refund():
+    operation = store.find_operation(bearer_key(request.environ), request.headers["X-Request-Id"])
+    return {"left": store.refund(operation).total_available}
 
 @app.errorhandler(QuotaError)
 def refused(error):
@@ -130,7 +131,7 @@ def test_a_service_over_any_store(service, command):
     assert service.send("POST", "/charge/101", key, X_Request_Id="Mine") == (402, {"refused": "OperationConflict"})
     assert service.send("POST", "/charge/50", key, X_Request_Id="mine") == (200, {"left": 850})
     assert service.send("POST", "/charge/851", key) == (402, {"refused": "QuotaExceeded"})
-    assert service.send("POST", "/refund/mine") == (200, {"left": 900})
+    assert service.send("POST", "/refund", key, X_Request_Id="mine") == (200, {"left": 900})
 
     status, reserved = service.send("POST", "/reserve/500", key)
     assert status == 200

@@ -22,7 +22,7 @@ def content(path):
         connection.execute("BEGIN IMMEDIATE")
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         tables = connection.execute(
-            "SELECT name FROM sqlite_master WHERE type = 'table' AND name <> '_sqlite_migrations'"
+            "SELECT name FROM sqlite_master WHERE type = 'table' AND name <> 'usage_schema'"
         ).fetchall()
         rows = {table: connection.execute(f"SELECT * FROM {table}").fetchall() for (table,) in tables}
         return {table: rows[table] for table in rows if rows[table]}

@@ -10,7 +10,7 @@ from client import ask, wrapped
 from holders import create, status
 from sqlite_files import SUFFIXES, another_process, make_database, permissions, sql, untouched, use_two_connections
 
-from usage_middleware import SQLiteTokenStore, StoreError, UsageMiddleware
+from usage_middleware import Changes, SQLiteTokenStore, StoreError, UsageMiddleware
 from usage_middleware.keys import strip_prefix
 
 # --- A database that fails
@@ -76,10 +76,10 @@ def unreadable_file(path):
 @contextmanager
 def a_newer_schema(path):
     make_database(path)
-    sql(path, "INSERT INTO _sqlite_migrations (migration_set, name) VALUES ('usage_middleware', 'from_the_future')")
+    sql(path, "UPDATE usage_schema SET version = version + 1000")
     with untouched(path):
         yield
-    sql(path, "DELETE FROM _sqlite_migrations WHERE name = 'from_the_future'")
+    sql(path, "UPDATE usage_schema SET version = version - 1000")
 
 
 def made_by_others(*statements):
@@ -118,7 +118,7 @@ def locked_while_empty(path):
         pytest.param(cut_off, "malformed", id="cut off"),
         pytest.param(unwritable_folder, "may not read and write the file and its folder", id="unwritable folder"),
         pytest.param(unreadable_file, "may not read and write the file and its folder", id="unreadable file"),
-        pytest.param(a_newer_schema, "was made by a newer version", id="newer schema"),
+        pytest.param(a_newer_schema, "was made by a newer usage-middleware", id="newer schema"),
         pytest.param(
             made_by_others(
                 "CREATE TABLE tokens (id integer PRIMARY KEY AUTOINCREMENT, `key` char(48), status integer)"
@@ -341,7 +341,7 @@ def test_what_is_interrupted_gives_the_lock_back(path, store, error):
     key, token = create(store)
 
     def work(transaction):
-        transaction.save(dataclasses.replace(token, name="x"))
+        transaction.save(Changes(before=token, token=dataclasses.replace(token, name="x")))
         raise error
 
     with pytest.raises(error):

@@ -191,7 +191,8 @@ def _log(connection: sqlite3.Connection) -> None:
 
 
 def _version(connection: sqlite3.Connection) -> int:
-    tables = _database(connection).table_names()
+    database = _database(connection)
+    tables = database.table_names()
     if "usage_schema" in tables:
         row = connection.execute("SELECT max(version) FROM usage_schema").fetchone()
         return int(row[0] or 0)
@@ -199,7 +200,7 @@ def _version(connection: sqlite3.Connection) -> int:
         query = f"SELECT count(*) FROM {_FIRST_RECORD} WHERE migration_set = 'usage_middleware'"
         if connection.execute(query).fetchone()[0]:
             return 1
-    for name in tables:
+    for name in (*tables, *database.view_names()):
         if name.lower() in _TABLES:
             raise WrongTables(f"has a table {name!r} that usage-middleware did not make; choose another file")
     return 0
