@@ -36,8 +36,21 @@ limits = st.dictionaries(models, units | st.just(True), max_size=4)
 days = st.dictionaries(
     st.tuples(st.dates(), models | st.just("")), st.tuples(units, units, units, units), max_size=4
 ).map(lambda figures: tuple(DayUsage(*place, *of_place) for place, of_place in sorted(figures.items())))
+renewals = st.one_of(
+    st.just({}),
+    st.fixed_dictionaries(
+        {
+            "renewal": st.sampled_from(["daily", "weekly", "monthly"]),
+            "renewal_quota": st.integers(1, MOST),
+            "renews_at": st.integers(0, 253_402_300_799),
+        }
+    ),
+)
 records = st.builds(
-    lambda token, digest, usage, days: TokenRecord(token=token, digest=digest, model_usage=usage, days=days),
+    lambda token, renewal, digest, usage, days: TokenRecord(
+        token=replace(token, **renewal), digest=digest, model_usage=usage, days=days
+    ),
+    renewal=renewals,
     token=st.builds(
         Token,
         name=names,
@@ -50,9 +63,6 @@ records = st.builds(
         enabled=st.booleans(),
         hint=st.text(st.characters(codec="ascii", exclude_characters="\0"), max_size=4),
         created_at=units,
-        renewal=st.sampled_from(["", "daily", "weekly", "monthly"]),
-        renewal_quota=units,
-        renews_at=units,
     ),
     digest=st.binary(min_size=32, max_size=32),
     usage=st.dictionaries(models, units, max_size=4),
@@ -88,7 +98,7 @@ def test_as_many_limits_and_days_as_a_token_has(tmp_path, format_name):
     """More than the 131,072 characters that the csv module takes of itself."""
     token = Token(model_limits={f"model {number}": number for number in range(10_000)}, model_limits_enabled=True)
     first = date(2026, 1, 1).toordinal()
-    days = [DayUsage(date.fromordinal(first + n // 30), f"model {n % 30}", n, 1, 2, 3) for n in range(10_000)]
+    days = tuple(DayUsage(date.fromordinal(first + n // 30), f"model {n % 30}", n, 1, 2, 3) for n in range(10_000))
     written = [TokenRecord(token=token, digest=bytes(32), days=days)]
     (row,) = through_a_file(written, format_name, tmp_path / "t")
     assert row.content == written[0]
@@ -147,7 +157,7 @@ def test_a_header_is_bounded(run, db):
 PARTS = {
     "one line": (b"x" * 10**6, 1),
     "lines": (b"x" * (10**6 - 1) + b"\n", 1),
-    "fields of lines": (b'x",\n"' + b"x" * (10**5 - 6), 10),
+    "fields of lines": (b'x\n","' + b"x" * (10**5 - 5), 10),
     "wide characters": ("令".encode() * (10**6 // 3), 1),
     "quotation marks": (b'""' * (5 * 10**5), 1),
 }
@@ -155,12 +165,13 @@ PARTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
-def test_a_field_of_480_megabytes_takes_no_memory(tmp_path, part):
+def test_a_huge_field_takes_no_memory(tmp_path, part, full):
     """Measured from outside, in a process of its own: the peak of one that imports two small rows is some 35 MB."""
+    megabytes = 480 if full else 160
     text, times = PARTS[part]
     with (tmp_path / "t.csv").open("wb") as file:
         file.write(b'key,name\nthe-key-of-holder-one,"')
-        for _ in range(480 * times):
+        for _ in range(megabytes * times):
             file.write(text)
         file.write(b'"\nthe-key-of-holder-two,b\n')
     program = (
@@ -177,4 +188,4 @@ def test_a_field_of_480_megabytes_takes_no_memory(tmp_path, part):
     )
     peak, status = map(int, done.stdout.split())
     assert status == 1
-    assert peak < 160 * 2**20
+    assert peak < 100 * 2**20

@@ -134,11 +134,11 @@ def _models(name: str, value: Any, *, or_none: bool = False) -> Mapping[str, Any
 def _days(name: str, value: Any, now: float) -> Sequence[DayUsage]:
     if type(value) is not dict:
         raise BadRow(f"{name} must be a JSON object of days")
-    return [
+    return tuple(
         DayUsage(day, model, **_figures(name, figures))
         for day, models in ((_day(name, text), models) for text, models in value.items())
         for model, figures in _models(name, models, or_none=True).items()
-    ]
+    )
 
 
 def _day(name: str, text: str) -> date:
