@@ -1,5 +1,6 @@
 """The command ``check``: what it says of a database, and what its exit status tells."""
 
+import json
 import os
 import sqlite3
 from contextlib import closing
@@ -49,6 +50,18 @@ def test_a_sound_database(check, path):
     assert "ok      tokens: 1 active, 1 exhausted, 1 expired" in lines
     assert "ok      open reservations: 0, none of which has lapsed" in lines
     assert sum("SQLite 3." in line for line in lines) == 1
+
+
+def test_for_programs(path, capsys):
+    for break_, level in ((lambda: None, "ok"), (lambda: path.chmod(0o666), "problem")):
+        break_()
+        with pytest.raises(SystemExit) as ended:
+            main(["check", "--json", "--db", str(path)])
+        findings = json.loads(capsys.readouterr().out)
+        assert ended.value.code == (level == "problem")
+        assert all(set(finding) == {"level", "text"} for finding in findings)
+        assert {"level": "ok", "text": "tokens: 1 active, 1 exhausted, 1 expired"} in findings
+        assert level in {finding["level"] for finding in findings}
 
 
 def test_it_changes_nothing(check, path):

@@ -16,6 +16,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 #: A number of quota units.
 UNITS: Final = click.IntRange(0, MAX_INTEGER)
+SOME_UNITS: Final = click.IntRange(1, MAX_INTEGER)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 limit_option = click.option("--limit", type=click.IntRange(0), help="Print at most so many.")

@@ -16,7 +16,7 @@ from ..keys import check_key, key_hint, strip_prefix
 from ..stores.base import QuotaStore
 from ..tokens import RENEWALS, Token
 from . import formats
-from .arguments import UNITS, expiry, json_option, limit_option, line_of_standard_input, time_option, token_id_argument
+from .arguments import SOME_UNITS, UNITS, expiry, json_option, limit_option, line_of_standard_input, time_option, token_id_argument
 from .db_option import database_option, open_store
 from .printing import advise, committed, print_json_array, print_key, print_lines, print_token, say
 from .tables import printable
@@ -184,7 +184,7 @@ def _points_to_grant(ctx: click.Context, _: click.Parameter, value: str | None) 
 @click.option("--name", help="What the holder sees as the token's name.")
 @click.option("--unlimited/--limited", "unlimited_quota", default=None, help="Whether nothing is refused for quota.")
 @_renew_option
-@click.option("--renewal-quota", type=UNITS, help="What each period begins with, from the next one on.")
+@click.option("--renewal-quota", type=SOME_UNITS, help="What each period begins with, from the next one on.")
 @click.option("--no-renewal", is_flag=True, help="Let the quota stay as it is.")
 @_model_limit_option
 @click.option("--no-model-limits", is_flag=True, help="Take all model limits away.")

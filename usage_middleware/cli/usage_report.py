@@ -95,7 +95,7 @@ def _rows_by_day(entries: Sequence[DayUsage]) -> Iterator[Sequence[str]]:
 
 def _row(label: str, figures: _Figures, most: int | None = None) -> Sequence[str]:
     used, *others = (f"{figures[name]:,}" for name in _FIGURES)
-    return (label, used, "" if most is None else bar(figures["used"], most), *others)
+    return (label, used, "" if most is None else bar(figures["used"], max(most, 1)), *others)
 
 
 def _grouped(entries: Iterable[DayUsage], key: Any) -> list[tuple[Any, list[DayUsage]]]:
