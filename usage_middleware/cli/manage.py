@@ -16,7 +16,16 @@ from ..keys import check_key, key_hint, strip_prefix
 from ..stores.base import QuotaStore
 from ..tokens import RENEWALS, Token
 from . import formats
-from .arguments import SOME_UNITS, UNITS, expiry, json_option, limit_option, line_of_standard_input, time_option, token_id_argument
+from .arguments import (
+    SOME_UNITS,
+    UNITS,
+    expiry,
+    json_option,
+    limit_option,
+    line_of_standard_input,
+    time_option,
+    token_id_argument,
+)
 from .db_option import database_option, open_store
 from .printing import advise, committed, print_json_array, print_key, print_lines, print_token, say
 from .tables import printable
