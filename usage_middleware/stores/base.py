@@ -107,6 +107,7 @@ class QuotaStore(Ledger, History):
         check_amount(total_available, "total_available")
         if renewal_quota is None:
             renewal_quota = total_available if renewal else 0
+        check_amount(renewal_quota, "renewal_quota")
         token = Token(
             name=name,
             total_available=total_available or (renewal_quota if renewal else 0),
@@ -211,9 +212,9 @@ class QuotaStore(Ledger, History):
         if changes.get("renewal") == "":
             changes.setdefault("renewal_quota", 0)
 
-        def edit(_: Transaction, token: Token, now: float) -> Token:
-            token = dataclasses.replace(token, **changes)
-            if "renewal" in changes:
+        def edit(_: Transaction, before: Token, now: float) -> Token:
+            token = dataclasses.replace(before, **changes)
+            if token.renewal != before.renewal:
                 token = dataclasses.replace(token, renews_at=first_renewal(token.renewal, now))
             check_storable(token)
             return token

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Final
 
 from ..checks import MAX_INTEGER, check_amount, check_text
@@ -38,7 +39,9 @@ def check_record(record: TokenRecord) -> TokenRecord:
         check_amount(used)
     seen = set()
     for entry in record.days:
-        if entry.model:
+        if type(entry.day) is not date:  # a datetime is a date, and is not a day
+            raise TypeError(f"a day in days must be a datetime.date, got {type(entry.day).__name__}")
+        if entry.model != "":
             check_text("a model in days", entry.model)
         for name in ("used", "requests", "input_tokens", "output_tokens"):
             check_amount(getattr(entry, name), f"{name} in days", unit="units")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import date, datetime, timezone
 from typing import Any
 
 import pytest
 
 from ..checks import MAX_INTEGER
-from ..errors import QuotaExceeded, StoreError
+from ..errors import QuotaExceeded
 from ..keys import key_digest
 from ..stores.base import QuotaStore
 from ..tokens import Token, TokenRecord
+from ..usage import DayUsage
+from .fixtures import TODAY, Clock, Holder, QuotaStoreFixtures
 
 _NAME = "caf\u00e9 \u4ee4\u724c \U0001f511 'quoted' \"\\ \r\n\t"
 
@@ -29,11 +32,26 @@ _TOKENS = [
     pytest.param(Token(model_limits={"a": True, "b": 0, "\u6a21\u578b": MAX_INTEGER}), id="limits not enabled"),
     pytest.param(Token(model_limits={"a": 1}, model_limits_enabled=True), id="limits"),
     pytest.param(Token(model_limits_enabled=True), id="no model allowed"),
+    pytest.param(Token(renewal="daily", renewal_quota=MAX_INTEGER, renews_at=253_402_300_799), id="renews"),
 ]
+_DAYS = (
+    DayUsage(date(1970, 1, 1), "", 0, 1, 0, 0),
+    DayUsage(date(2028, 2, 29), "a", 5, 2, 3, 4),
+    DayUsage(date(2028, 2, 29), "\u6a21\u578b", MAX_INTEGER, MAX_INTEGER, MAX_INTEGER, MAX_INTEGER),
+)
 
 
-def _record(key: str = "moved-key", model_usage: dict[str, int] | None = None, **fields: Any) -> TokenRecord:
-    return TokenRecord(token=Token(**fields), digest=key_digest(key), model_usage=model_usage or {})
+def _record(
+    key: str = "moved-key",
+    model_usage: dict[str, int] | None = None,
+    days: Sequence[DayUsage] = (),
+    **fields: Any,
+) -> TokenRecord:
+    return TokenRecord(token=Token(**fields), digest=key_digest(key), model_usage=model_usage or {}, days=days)
+
+
+def _day(**figures: Any) -> DayUsage:
+    return dataclasses.replace(DayUsage(TODAY, "a", 1, 1, 1, 1), **figures)
 
 
 _BAD_RECORDS = [
@@ -62,17 +80,47 @@ _BAD_RECORDS = [
         "digest",
         id="digest str",
     ),
+    pytest.param(lambda: _record(days=[_day(), _day(used=2)]), ValueError, "days", id="a day twice"),
+    pytest.param(lambda: _record(days=[_day(used=-1)]), ValueError, "used in days", id="day with negative usage"),
+    pytest.param(
+        lambda: _record(days=[_day(requests=MAX_INTEGER + 1)]), ValueError, "requests", id="too many requests"
+    ),
+    pytest.param(lambda: _record(days=[_day(input_tokens=1.5)]), TypeError, "input_tokens", id="input_tokens float"),
+    pytest.param(lambda: _record(days=[_day(output_tokens=True)]), TypeError, "output_tokens", id="output_tokens bool"),
+    pytest.param(lambda: _record(days=[_day(model="a\0")]), ValueError, "days", id="day of a model with NUL"),
+    pytest.param(lambda: _record(days=[_day(model=None)]), TypeError, "days", id="day of no model"),
+    pytest.param(lambda: _record(days=[_day(day="2027-01-15")]), TypeError, "days", id="day str"),
+    pytest.param(
+        lambda: _record(days=[_day(day=datetime(2027, 1, 15, tzinfo=timezone.utc))]),
+        TypeError,
+        "days",
+        id="day datetime",
+    ),
+    pytest.param(lambda: _record(renewal="daily", renews_at=5), ValueError, "renewal_quota", id="renewal of nothing"),
+    pytest.param(
+        lambda: _record(renewal="daily", renewal_quota=1, renews_at=2**40),
+        ValueError,
+        "renews_at",
+        id="renews_at too large",
+    ),
+    pytest.param(
+        lambda: _record(renewal="daily", renewal_quota=1, renews_at=-1),
+        ValueError,
+        "renews_at",
+        id="renews_at negative",
+    ),
 ]
 
 
-class RecordsContract:
-    """What an operator relies upon who moves tokens from one store to another."""
+class RecordContract(QuotaStoreFixtures):
+    """Tokens move from one store to another with all that is known of them, but their operations."""
 
     # --- restore
 
     @pytest.mark.parametrize("token", _TOKENS)
     def test_a_restored_token_is_the_one_that_was(self, store: QuotaStore, token: Token) -> None:
-        record = TokenRecord(token=token, digest=key_digest("moved-key"), model_usage={"a": 5, "\u6a21\u578b": 0})
+        usage = {"a": 5, "\u6a21\u578b": 0}
+        record = TokenRecord(token=token, digest=key_digest("moved-key"), model_usage=usage, days=_DAYS)
         store.create()  # takes an id that the other store may have given
         (token_id,) = store.restore([record])
         assert token_id is not None
@@ -87,6 +135,8 @@ class RecordsContract:
         assert moved.token == expected
         assert moved.digest == record.digest
         assert {model: used for model, used in moved.model_usage.items() if used} == {"a": 5}
+        assert tuple(moved.days) == _DAYS
+        assert list(store.usage_by_day(token_id, date.min, date.max)) == list(_DAYS)
 
     def test_ids_are_those_of_the_new_store(self, store: QuotaStore) -> None:
         _, first = store.create()
@@ -149,14 +199,18 @@ class RecordsContract:
         assert list(store.records()) == []
 
     def test_records_come_page_by_page_and_are_all_there(self, store: QuotaStore) -> None:
-        moved = [_record(key=f"key-number-{n}", name=str(n), model_usage={"a": n + 1, "b": 1}) for n in range(2100)]
+        moved = [
+            _record(key=f"key-number-{n}", name=str(n), model_usage={"a": n + 1, "b": 1}, days=(_day(used=n),))
+            for n in range(2100)
+        ]
         ids = store.restore(iter(moved))
         assert store.count() == 2100
         records = list(store.records())
         assert [record.token.id for record in records] == ids
-        assert [(record.token.name, record.digest, record.model_usage) for record in records] == [
-            (record.token.name, record.digest, record.model_usage) for record in moved
-        ]
+        for record, original in zip(records, moved, strict=True):
+            assert record == dataclasses.replace(
+                original, token=dataclasses.replace(original.token, id=record.token.id)
+            )
 
     def test_a_restored_token_is_charged_from_where_it_was(self, store: QuotaStore) -> None:
         limits = {"capped": 100, "any": True}
@@ -188,13 +242,29 @@ class RecordsContract:
         assert token_id is not None
         assert store.grant(token_id, 40).total_available == 10
 
+    def test_days_go_on_from_where_they_were(self, store: QuotaStore, clock: Clock) -> None:
+        holder = Holder(store)
+        holder.charge(5, model="a", input_tokens=3)
+        (record,) = store.records()
+        store.restore([dataclasses.replace(record, digest=key_digest("moved-key"))])
+        token = store.charge("moved-key", 7, model="a", output_tokens=4)
+        assert token.id is not None
+        assert list(store.usage_by_day(token.id, date.min, date.max)) == [DayUsage(TODAY, "a", 12, 2, 3, 4)]
+        assert holder.days == [DayUsage(TODAY, "a", 5, 1, 3, 0)]
+
     # --- records, count, taken
 
     def test_what_a_reservation_holds_counts_as_used(self, store: QuotaStore) -> None:
         key, _ = store.create(total_available=100)
-        store.reserve(key.removeprefix("sk-"), 30, model="a")
+        store.reserve(key, 30, model="a")
         (record,) = store.records()
         assert (record.token.total_used, record.token.total_available, record.model_usage) == (30, 70, {"a": 30})
+        assert record.token.held == sum(day.used for day in record.days) == 30
+        (token_id,) = store.restore([dataclasses.replace(record, digest=key_digest("moved-key"))])
+        assert token_id is not None
+        moved = store.get("moved-key")
+        # The reservation stays behind, so nothing can release it.
+        assert moved == dataclasses.replace(record.token, id=token_id, held=0)
 
     def test_a_record_shows_no_digest(self, store: QuotaStore) -> None:
         store.create(key="shown-key")
@@ -218,22 +288,10 @@ class RecordsContract:
         assert deleted is not None
         assert rotated is not None
         store.delete(deleted)
-        new = store.rotate(rotated).removeprefix("sk-")
+        new = store.rotate(rotated)
         before = list(store.records())
         taken = {key_digest(key) for key in ("there", "deleted", "rotated", new)}
         other = [hashlib.sha256(b"%d" % number).digest() for number in range(1100)]
         assert store.taken([*other, *taken]) == taken
         assert store.taken(other) == store.taken([]) == set()
         assert list(store.records()) == before
-
-    def test_a_closed_store_moves_nothing(self, store: QuotaStore) -> None:
-        store.create()
-        store.close()
-        for use in (
-            lambda: list(store.records()),
-            lambda: store.restore([_record()]),
-            lambda: store.count(),
-            lambda: store.taken([key_digest("key")]),
-        ):
-            with pytest.raises(StoreError, match="closed"):
-                use()

@@ -43,6 +43,13 @@ class TestSQLAlchemyTokenStore(QuotaStoreContract):
             stores[-1].close()
             stores.append(SQLAlchemyTokenStore(database.url))
 
+    @pytest.fixture(autouse=True)
+    def _url(self, database):
+        self.url = database.url
+
+    def reopen(self, tmp_path):
+        return SQLAlchemyTokenStore(self.url)
+
 
 # --- Tables
 

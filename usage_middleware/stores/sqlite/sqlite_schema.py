@@ -12,11 +12,12 @@ from sqlite_utils import Database
 from ..migrations import Schema, WrongTables
 
 _TABLES = ("tokens", "retired_keys", "operations", "model_usage", "usage_by_day")
-# Where version 1 recorded itself, by sqlite-utils, which numbers no steps.
+# Where the first two versions recorded themselves, by sqlite-utils: a row for each step.
 _FIRST_RECORD = "_sqlite_migrations"
+_LAST_WITHOUT_NUMBER = 2
 
 
-def _first(connection: sqlite3.Connection) -> None:
+def _tokens(connection: sqlite3.Connection) -> None:
     # AUTOINCREMENT: the id of a deleted token is never given again (sqlite.org/autoinc.html).
     connection.execute(
         """
@@ -38,6 +39,9 @@ def _first(connection: sqlite3.Connection) -> None:
     )
     # The digests of deleted and rotated keys, so that none of them can return.
     connection.execute("CREATE TABLE retired_keys (digest BLOB PRIMARY KEY) STRICT, WITHOUT ROWID")
+
+
+def _operations(connection: sqlite3.Connection) -> None:
     connection.execute(
         """
         CREATE TABLE operations (
@@ -89,7 +93,7 @@ def _renewal_and_days(connection: sqlite3.Connection) -> None:
     ):
         connection.execute(f"ALTER TABLE tokens ADD COLUMN {column}")
     # SQLite cannot change a CHECK, so the table is made again (sqlite.org/lang_altertable.html, section 7).
-    connection.execute("ALTER TABLE operations RENAME TO operations_of_version_1")
+    connection.execute("ALTER TABLE operations RENAME TO operations_of_version_2")
     connection.execute("DROP INDEX operations_of_token")
     connection.execute("DROP INDEX open_reservations")
     connection.execute(
@@ -122,21 +126,21 @@ def _renewal_and_days(connection: sqlite3.Connection) -> None:
             expires_in, expires_at, final_amount, refund_of, created_at, changed_at)
         SELECT number, id, token_id, kind, amount, id, model, held, unlimited,
             expires_in, expires_at, final_amount, refund_of, created_at, changed_at
-        FROM operations_of_version_1 ORDER BY number
+        FROM operations_of_version_2 ORDER BY number
         """
     )
     # A number that was given is never given again, even if its operation was pruned.
     connection.execute(
         "UPDATE sqlite_sequence SET seq = (SELECT max(seq) FROM sqlite_sequence"
-        " WHERE name IN ('operations', 'operations_of_version_1')) WHERE name = 'operations'"
+        " WHERE name IN ('operations', 'operations_of_version_2')) WHERE name = 'operations'"
     )
     connection.execute(
         "INSERT INTO sqlite_sequence (name, seq) SELECT 'operations', seq FROM sqlite_sequence"
-        " WHERE name = 'operations_of_version_1' AND NOT EXISTS"
+        " WHERE name = 'operations_of_version_2' AND NOT EXISTS"
         " (SELECT 1 FROM sqlite_sequence WHERE name = 'operations')"
     )
-    connection.execute("DROP TABLE operations_of_version_1")
-    # Version 1 left what open reservations of deleted tokens held; nothing can give it back.
+    connection.execute("DROP TABLE operations_of_version_2")
+    # Earlier versions left what open reservations of deleted tokens held; nothing can give it back.
     connection.execute(
         "UPDATE operations SET held = 0 WHERE final_amount IS NULL AND held > 0 AND token_id NOT IN"
         " (SELECT id FROM tokens)"
@@ -176,7 +180,7 @@ def _renewal_and_days(connection: sqlite3.Connection) -> None:
         """
     )
     connection.execute("CREATE TABLE usage_schema (version INTEGER NOT NULL) STRICT")
-    connection.execute("INSERT INTO usage_schema VALUES (1)")
+    connection.execute("INSERT INTO usage_schema VALUES (0)")
     # Without its record, an earlier version refuses the file, where it would write it wrong.
     if _FIRST_RECORD in _database(connection).table_names():
         connection.execute(f"DELETE FROM {_FIRST_RECORD} WHERE migration_set = 'usage_middleware'")
@@ -198,8 +202,9 @@ def _version(connection: sqlite3.Connection) -> int:
         return int(row[0] or 0)
     if _FIRST_RECORD in tables:
         query = f"SELECT count(*) FROM {_FIRST_RECORD} WHERE migration_set = 'usage_middleware'"
-        if connection.execute(query).fetchone()[0]:
-            return 1
+        applied = int(connection.execute(query).fetchone()[0])
+        if applied:
+            return applied
     for name in (*tables, *database.view_names()):
         if name.lower() in _TABLES:
             raise WrongTables(f"has a table {name!r} that usage-middleware did not make; choose another file")
@@ -207,7 +212,7 @@ def _version(connection: sqlite3.Connection) -> int:
 
 
 def _record(connection: sqlite3.Connection, version: int) -> None:
-    if version > 1:  # The first version had no table for it, and every database goes on to the second.
+    if version > _LAST_WITHOUT_NUMBER:
         connection.execute("UPDATE usage_schema SET version = ?", (version,))
 
 
@@ -215,7 +220,9 @@ def _database(connection: sqlite3.Connection) -> Database:
     return Database(connection, recursive_triggers=False, execute_plugins=False)
 
 
-SCHEMA: Schema[sqlite3.Connection] = Schema(steps=(_first, _renewal_and_days, _log), version=_version, record=_record)
+SCHEMA: Schema[sqlite3.Connection] = Schema(
+    steps=(_tokens, _operations, _renewal_and_days, _log), version=_version, record=_record
+)
 
 
 def is_current(connection: sqlite3.Connection) -> bool:
