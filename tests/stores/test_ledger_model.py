@@ -98,7 +98,7 @@ class Model:
     # --- What is called. Each returns the id of the token that it was about.
 
     def charge(self, key, amount, model=None, idempotency_key=None):
-        return self.charge_by_id(self.keys.get(key), amount, model, operation_id)
+        return self.charge_by_id(self.keys.get(key), amount, model, idempotency_key)
 
     def charge_by_id(self, token_id, amount, model=None, idempotency_key=None):
         return self.take(token_id, "charge", amount, model, idempotency_key, None)

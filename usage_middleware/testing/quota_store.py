@@ -43,6 +43,8 @@ _USES: dict[str, Callable[[Holder], Any]] = {
     "delete": lambda holder: holder.store.delete(holder.id),
     "history": lambda holder: list(holder.store.history(holder.id)),
     "model_usage": lambda holder: holder.store.model_usage(holder.id),
+    "log": lambda holder: holder.store.log(holder.id),
+    "count_requests": lambda holder: holder.store.count_requests(holder.id),
     "usage_by_day": lambda holder: holder.store.usage_by_day(holder.id, TODAY, TODAY),
     "open_reservations": lambda holder: list(holder.store.open_reservations()),
     "prune": lambda holder: holder.store.prune(0),
@@ -86,4 +88,4 @@ class QuotaStoreContract(
 
     def test_the_contract_closes_every_method(self) -> None:
         methods = {name for name in dir(QuotaStore) if not name.startswith("_")}
-        assert methods == {*_USES, "close", "health"}
+        assert methods == {*_USES, "close", "health", "today"}

@@ -51,7 +51,9 @@ def _record(
 
 
 def _day(**figures: Any) -> DayUsage:
-    return dataclasses.replace(DayUsage(TODAY, "a", 1, 1, 1, 1), **figures)
+    return DayUsage(
+        **{"day": TODAY, "model": "a", "used": 1, "requests": 1, "input_tokens": 1, "output_tokens": 1, **figures}
+    )
 
 
 _BAD_RECORDS = [
