@@ -33,6 +33,13 @@ MIDDLEWARES = [
     "werkzeug ProxyFix",
     "a comparison in a closure",
 ]
+PROXIES = [
+    "nginx",
+    "Proxy, on gunicorn",
+    "werkzeug ProxyMiddleware, on gunicorn",
+    "a bare WSGI function, on gunicorn, no service",
+    "the service itself",
+]
 TOKENS = ["1,000 tokens", "2,000 tokens"]
 SIZE = {
     "--rounds": 1,
@@ -67,6 +74,7 @@ TABLES = [
     ([BARE, OURS, "Flask view", ORM, IN_MEMORY], {}),
     *[(["1 thread"], {})] * 5,
     *[([BARE, OURS, "Flask view", ORM, DJANGO, f"{OURS}, 2 workers"], {})] * (2 * HAS_WRK),
+    *[*[(PROXIES, {})] * 4, ([*PROXIES[:3], PROXIES[4]], {})] * (HAS_WRK and HAS_NGINX),
     (["by hand", "SQLiteTokenStore.charge"], {"SQLiteTokenStore.charge": 1.5}),
     (["by hand", "SQLiteTokenStore.charge"], {"SQLiteTokenStore.charge": 1.5}),
     (
@@ -82,6 +90,8 @@ TABLES = [
 ]
 LEFT_OUT = [
     *["HTTP: left out, wrk is not installed"] * (not HAS_WRK),
+    *["Proxies: left out, nginx is not installed"] * (not HAS_NGINX),
+    *["Proxies: left out, wrk is not installed"] * (HAS_NGINX and not HAS_WRK),
     *["MariaDB: left out, needs mariadbd: install Debian's package mariadb-server-core"] * (not HAS_MARIADB),
 ]
 

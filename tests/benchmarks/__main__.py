@@ -33,7 +33,7 @@ _COUNT = click.IntRange(min=1)
     "--long-rounds",
     default=3,
     type=_COUNT,
-    help="How often to compare frameworks, token counts, threads, HTTP, database servers.",
+    help="How often to compare frameworks, token counts, threads, HTTP, proxies, database servers.",
 )
 @click.option("--tokens", default=100_000, type=_COUNT, help="How many the database has.")
 @click.option(

@@ -26,6 +26,7 @@ from comparing import Contender, Result, compare
 from database_servers import store_on_servers
 from importing import import_of_a_file
 from peers import BARE_FLASK, DJANGO, FASTAPI, FASTAPI_ASYNC, FLASK, FLASK_SQLALCHEMY, OURS, hand_written, present
+from proxying import through_proxies
 from scaling import by_number_of_threads, by_number_of_tokens
 from serving import over_http
 from tokens_database import filled_database, key, random_keys
@@ -168,6 +169,7 @@ PARTS: dict[str, tuple[Callable[[Options], Iterator[Result]], ...]] = {
     "tokens": (lambda options: by_number_of_tokens(options.tokens_most, options.long_rounds),),
     "threads": (lambda options: by_number_of_threads(options.tokens, options.at_once, options.long_rounds),),
     "http": (lambda options: over_http(options.server, options.tokens, options.at_once, options.long_rounds),),
+    "proxies": (lambda options: through_proxies(options.at_once, options.long_rounds),),
     "charges": (
         lambda options: durable_charge(options.rounds),
         lambda options: slowest_charge(options.writers, options.charges),

@@ -41,10 +41,13 @@ def read(pieces, method="GET"):
     reader = AnswerReader(method)
     pieces = iter(pieces)
     parts = []
+    fed = False
     try:
         for part in reader.parts:
             if part is None:
-                reader.feed(next(pieces, b""))
+                # Without more bytes, it asks again.
+                if fed := not fed:
+                    reader.feed(next(pieces, b""))
             else:
                 assert part, "an empty piece would look like the end"
                 parts.append(part)

@@ -81,6 +81,11 @@ def test_the_first_byte_passes_before_the_service_sends_the_second(head, first, 
         service.result()
 
 
+def test_chunks_that_come_together_go_on_together():
+    with serving(answering(CHUNKED + b"1\r\na\r\n1\r\nb\r\n1\r\nc\r\n0\r\n\r\n")) as service:
+        assert list(bodies(Proxy(service.url)(environ(), started()[0]))) == [b"abc"]
+
+
 @pytest.mark.parametrize("framing", [{"CONTENT_LENGTH": "2"}, {"HTTP_TRANSFER_ENCODING": "chunked"}])
 def test_the_first_byte_passes_before_the_client_sends_the_second(framing):
     has_first = Event()

@@ -43,7 +43,7 @@ class AnswerReader:
     """Reads one answer, from bytes that may be cut anywhere.
 
     :ivar parts: the :class:`Answer`, then the pieces of its body. ``None`` among them asks for more bytes by
-        :meth:`feed`. It raises :exc:`UpstreamError` if the answer is not valid or not complete.
+        :meth:`feed`, which may come later. It raises :exc:`UpstreamError` if the answer is not valid or not complete.
     """
 
     def __init__(self, method: str) -> None:
@@ -118,8 +118,8 @@ class AnswerReader:
             yield None
 
     def _line(self) -> Generator[None, None, bytes]:
-        searched = self._at
-        while (end := self._data.find(b"\n", searched) + 1) == 0:
+        searched = 0  # bytes of the line
+        while (end := self._data.find(b"\n", self._at + searched) + 1) == 0:
             searched = len(self._data) - self._at
             if searched > _LINE_SIZE:
                 break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote, unquote
 
@@ -191,13 +192,20 @@ def request_headers(
     not_copied = _NOT_COPIED | replacements.keys() | _connection_options([environ.get("HTTP_CONNECTION", "")])
     for variable, value in environ.items():
         if variable.startswith("HTTP_"):
-            name = variable[5:].replace("_", "-").title()
-            if name.lower() not in not_copied and ignored.get(variable) != value:
+            name, folded = _header_name(variable)
+            if folded not in not_copied and ignored.get(variable) != value:
                 headers.append((name, value))
     for name, value in headers:
         if not HEADER_NAME.fullmatch(name) or not HEADER_VALUE.fullmatch(value):
             raise Refused(BAD_REQUEST, message="The request has a malformed header.")
     return [*headers, *replacements.values()]
+
+
+@lru_cache(maxsize=256)
+def _header_name(variable: str) -> tuple[str, str]:
+    """Return the name of the header that a variable holds, as it is written and in lower case."""
+    name = variable.removeprefix("HTTP_").replace("_", "-")
+    return name.title(), name.lower()
 
 
 def answer_headers(version: str, received: Collection[Header]) -> list[Header]:

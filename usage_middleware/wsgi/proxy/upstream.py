@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import selectors
 import ssl
+from collections.abc import Iterator
 from http.client import HTTPConnection
 from typing import TYPE_CHECKING, Final
 
@@ -42,6 +43,8 @@ class Exchange:
         self._selector: selectors.BaseSelector | None = None
         self._body: RequestBody | None = None  # None: the service gets no more of the request
         self._unsent = memoryview(b"")
+        self._parts: Iterator[Answer | bytes | None] = iter(())
+        self._failure: UpstreamError | None = None
 
     def close(self) -> None:
         """Close the connection. A service that is still sending sees that its client is gone."""
@@ -49,35 +52,45 @@ class Exchange:
             self._selector.close()
             self._selector = None
         self._connection.close()
+        self._parts, self._failure = iter(()), None
 
     def ask(self, method: str, head: bytes, body: RequestBody) -> Answer:
         """Send a request and return the head of the final answer."""
         self._reader = AnswerReader(method)
+        self._parts = self._reader.parts
         self._body = body
         # Sent together, as the buffers of a new connection are empty and take them without waiting.
         self._unsent = memoryview(head if body.ended else head + body.read())
         self._send()
-        answer = self._next_part()
-        assert isinstance(answer, Answer)
-        if answer.status >= 300:
-            self._body = None
-        return answer
+        for part in self._parts:
+            if isinstance(part, Answer):
+                if part.status >= 300:
+                    self._body = None
+                return part
+            self._reader.feed(self._receive())
+        raise AssertionError("an answer without a head is an UpstreamError")
 
     def read(self) -> bytes:
-        """Return the next piece of the body as soon as there is one, or ``b""`` at its end.
+        """Return what has come of the body, as soon as something has, or ``b""`` at its end.
 
         :raises UpstreamError: the body is incomplete.
         """
-        piece = self._next_part()
-        assert isinstance(piece, bytes)
-        return piece
-
-    def _next_part(self) -> Answer | bytes:
-        for part in self._reader.parts:
-            if part is not None:
-                return part
-            self._reader.feed(self._receive())
-        return b""
+        if self._failure is not None:
+            raise self._failure
+        pieces: list[bytes] = []
+        try:
+            for part in self._parts:
+                if isinstance(part, bytes):
+                    pieces.append(part)
+                elif pieces:  # what has come at once goes on at once: to a server, each piece is a call and a packet
+                    break
+                else:
+                    self._reader.feed(self._receive())
+        except UpstreamError as error:
+            if not pieces:
+                raise
+            self._failure = error  # after what came before it
+        return b"".join(pieces)
 
     def _receive(self) -> bytes:
         """Wait for more of the answer. Meanwhile, send what the service takes of the request."""
