@@ -15,10 +15,9 @@ import pytest
 
 BENCHMARKS = Path(__file__).with_name("benchmarks")
 HAS_WRK = shutil.which("wrk") is not None
-# As tests/support/databases.py looks for it.
-HAS_MARIADB = (
-    shutil.which("mariadbd", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"])) is not None
-)
+_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"])  # where Debian has servers
+HAS_NGINX = shutil.which("nginx", path=_PATH) is not None
+HAS_MARIADB = shutil.which("mariadbd", path=_PATH) is not None
 BY_HAND = "by hand: one look-up, one json.dumps"
 BARE = "a bare WSGI function, by hand"
 OURS = "UsageMiddleware, SQLiteTokenStore"
