@@ -30,7 +30,8 @@ from ...errors import DamagedToken, StoreError
 from ...keys import strip_prefix
 from ...log import LOG_KINDS, LogEntry, LogKind
 from ...tokens import Token, TokenRecord
-from ..sql.database import POSTGRESQL, Database
+from ..sql.database import Attempt, Database
+from ..sql.dialects import POSTGRESQL
 from ..sql.sql_migrations import VERSION_TABLE
 from ..sql.sql_schema import MYSQL
 from ..sqlite import reading
@@ -191,22 +192,21 @@ class _SQLiteFile(Database):
             _DIALECTS,
         )
         self.name = path
-        self._reading = self._engine  # Its connections begin no transactions.
 
-    def _look(self, work: Callable[[Connection], _Result]) -> _Result:
+    def _look(self, attempt: Attempt, work: Callable[[Connection], _Result]) -> _Result:
         return reading.look(self.name, lambda reader: self._look_with(reader, work))
 
     def _look_with(self, reader: sqlite3.Connection, work: Callable[[Connection], _Result]) -> _Result:
         self._reader.connection = reader  # which the engine asks for in this thread
-        with self._reading.connect() as connection:
+        with self._engine.connect() as connection:
             return work(connection)
 
-    def _explained(self, error: SQLAlchemyError) -> StoreError:
+    def _explained(self, error: Exception, attempt: Attempt) -> StoreError:
         if "readonly database" in str(error):
             return StoreError(
                 f"{self.name} was left in the middle of a transaction, which new-api undoes when it is started"
             )
-        return super()._explained(error)
+        return super()._explained(error, attempt)
 
 
 _DIALECTS: Final = ("sqlite", *POSTGRESQL, *MYSQL)

@@ -1,111 +1,176 @@
-"""How the stores over SQLAlchemy reach their database: connections, transactions, and what can go wrong with both."""
+"""How the stores over SQLAlchemy reach their database: connections, transactions, and what can go wrong with both.
+
+One question decides what happens after a failure: where was the call when it failed? Before COMMIT was sent nothing
+has been done, and the call may begin again. From then on until the answer, the outcome is unknown, and only the caller
+can decide to repeat. After the answer the call has succeeded, whatever else fails.
+"""
 
 from __future__ import annotations
 
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+from enum import Enum, auto
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, Executable, Row, Select, create_engine, make_url
-from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy import URL, Connection, Engine, Executable, Row, Select, event
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
-from ...errors import StoreError
-from ...extras import how_to_install
-from .sql_schema import MYSQL
+from ...errors import StoreError, UsageMiddlewareError
+from .dialects import (
+    check_timeout,
+    has_rolled_back,
+    is_answered,
+    limit_connecting,
+    make_engine,
+    manners,
+    parse_url,
+    split_timeout,
+)
+from .pool import IN_USE, ConnectionPool, replace_interrupted
+from .session import Session
+from .timeouts import deadline_setter
 
-POSTGRESQL: Final = ("postgresql", "cockroachdb")
+DEFAULT_TIMEOUT: Final = 10.0  # seconds
 
-# The driver that the extra "sql" installs, where an URL names none.
-_DRIVERS: Final = {
-    "postgres": "postgresql+psycopg",
-    "postgresql": "postgresql+psycopg",
-    "mysql": "mysql+pymysql",
-    "mariadb": "mariadb+pymysql",
-}
 # Those whose cursors take names as %(name)s, and any bytes for a binary string.
 _PLAIN_CURSORS: Final = ("psycopg", "pymysql")
-_CONNECT_SECONDS: Final = 10
 _ATTEMPTS: Final = 10
 _LONGEST_PAUSE: Final = 0.5  # seconds
-
-# "Begin again": serialization_failure and deadlock_detected, in which the server has undone the transaction
-# (PostgreSQL's manual, 13.5; MySQL's, 17.7.5.3 "How to Minimize and Handle Deadlocks").
-_REPEATED_STATES: Final = ("40001", "40P01")
-_REPEATED_NUMBERS: Final = (1213,)
-
-# Errors whose text, the driver's own, quotes values.
-_QUOTING: Final = (DataError, IntegrityError)
+# A step of a migration may rewrite a large table.
+_PREPARING_SECONDS: Final = 600.0
 
 _Result = TypeVar("_Result")
+
+
+class Stage(Enum):
+    """How far a call has come."""
+
+    CONNECTING = auto()
+    WORKING = auto()
+    COMMITTING = auto()
+
+
+class Attempt:
+    """One try of a call.
+
+    :param until: the time (of :func:`time.monotonic`) at which the call stops waiting for a first answer.
+    """
+
+    __slots__ = ("number", "stage", "until")
+
+    def __init__(self, number: int, until: float) -> None:
+        self.number = number
+        self.until = until
+        self.stage = Stage.CONNECTING
+
+
+class _Deadline(threading.local):
+    """When this thread stops waiting for a connection of an engine that was made here."""
+
+    until = 0.0
+
+    def seconds_left(self) -> float:
+        return self.until - time.monotonic()
 
 
 class Database:
     """A database server that SQLAlchemy connects to.
 
-    :param url_or_engine: an URL, as text or as SQLAlchemy's, for which an engine is made here; or an engine, whose
+    :param url_or_engine: a URL, as text or as SQLAlchemy's, for which an engine is made here; or an engine, whose
         options are its owner's, and which is not disposed of here.
-    :param dialects: which databases will do.
-    :raises TypeError, ValueError: it is none of them.
+    :param dialects: which databases can be used.
+    :param timeout: how many seconds a call waits for a server that does not answer: for a free connection, for a new
+        connection, and for the first answer, together; and then for each further answer. A ``timeout`` in the query of
+        the URL comes first.
+    :raises TypeError, ValueError: an argument is not what it is meant to be.
     """
 
-    def __init__(self, url_or_engine: str | URL | Engine, dialects: Collection[str]) -> None:
+    def __init__(
+        self, url_or_engine: str | URL | Engine, dialects: Collection[str], *, timeout: float = DEFAULT_TIMEOUT
+    ) -> None:
         if not isinstance(url_or_engine, (str, URL, Engine)):
-            raise TypeError(f"an URL or an SQLAlchemy Engine is needed, got {type(url_or_engine).__name__}")
+            raise TypeError(f"a URL or an SQLAlchemy Engine is needed, got {type(url_or_engine).__name__}")
+        self.timeout = check_timeout(timeout)
         self._is_own = not isinstance(url_or_engine, Engine)
-        url = url_or_engine.url if isinstance(url_or_engine, Engine) else _url(url_or_engine)
+        if isinstance(url_or_engine, Engine):
+            url = url_or_engine.url
+        else:
+            url, self.timeout = split_timeout(parse_url(url_or_engine), self.timeout)
         self.dialect = url.get_backend_name()
         self.name = url.set(query={}).render_as_string(hide_password=True)
         if self.dialect not in dialects:
-            remedy = "; SQLite has SQLiteTokenStore" if self.dialect == "sqlite" else ""
-            raise ValueError(f"{self.dialect} is not one of {', '.join(dialects)}, which this store is for{remedy}")
-        engine = url_or_engine if isinstance(url_or_engine, Engine) else _engine(url)
+            raise ValueError(f"{self.dialect} is not among the databases that can be used: {', '.join(dialects)}")
+        self._deadline = _Deadline()
+        engine = url_or_engine if isinstance(url_or_engine, Engine) else self._make_engine(url)
         if engine.dialect.is_async:
-            raise ValueError(f"{url.drivername} is an asynchronous driver; choose one that is not")
+            raise ValueError(f"{url.drivername} is an asynchronous driver; choose a synchronous one")
         self._engine = engine
-        # READ COMMITTED, so that what is read behind a lock is what others have committed before it was had; and no
-        # transaction around a single statement. PostgreSQL's drivers just send another BEGIN, or none; MySQL has to be
-        # told of a change, which costs more than the ROLLBACK that it saves.
-        is_mysql = self.dialect in MYSQL
-        self._reading = engine if self._is_own or is_mysql else engine.execution_options(isolation_level="AUTOCOMMIT")
-        self._writing = (
-            engine if self._is_own and is_mysql else engine.execution_options(isolation_level="READ COMMITTED")
-        )
+        replace_interrupted(engine)
+        self._manners = manners(engine, is_own=self._is_own)
         self._driver_error: type[Exception] = engine.dialect.loaded_dbapi.Error
+        self._failures = (SQLAlchemyError, self._driver_error)
+        # Errors whose text, the driver's own, quotes values.
+        self._quoting = (engine.dialect.loaded_dbapi.DataError, engine.dialect.loaded_dbapi.IntegrityError)
         self._has_cursors = engine.driver in _PLAIN_CURSORS and self._is_own
         self._texts: dict[Select[Any], str] = {}
         self._process = os.getpid()
         self._inherited: list[object] = []
         self._closed = False
 
-    def look_up(self, statement: Select[Any], parameters: dict[str, Any]) -> Sequence[Any] | None:
-        """The first row of one statement, as the driver gives it. It is what :meth:`read` returns at a third of the
-        cost, as only the engine's pool stands between the driver and the caller."""
-        if not self._has_cursors:
-            return self._first(statement, parameters)
-        self._check_usable()
-        try:
-            connection = self._engine.raw_connection()
-            try:
-                cursor = connection.cursor()
-                cursor.execute(self._text(statement), parameters)
-                row: Sequence[Any] | None = cursor.fetchone()
-                cursor.close()
-            except BaseException:
-                # Whatever it was, an answer may still be on its way.
-                connection.invalidate()
-                raise
-            finally:
-                connection.close()
-        except (self._driver_error, SQLAlchemyError):
-            # The long way finds out whether that lasts, and says what it is.
-            return self._first(statement, parameters)
-        return row
+    def _make_engine(self, url: URL) -> Engine:
+        engine = make_engine(url, self.timeout)
+        deadline = self._deadline
+        limit_connecting(engine, deadline.seconds_left)
+        assert isinstance(engine.pool, ConnectionPool)
+        engine.pool.wait = deadline.seconds_left
 
-    def _first(self, statement: Select[Any], parameters: dict[str, Any]) -> Sequence[Any] | None:
-        rows = self.read(statement, parameters)
-        return rows[0] if rows else None
+        # Before SQLAlchemy's own listener, which asks a new server for its version.
+        @event.listens_for(engine, "connect", insert=True)
+        def limit(connection: Any, entry: object) -> None:
+            deadline_setter(connection, is_own=True)(deadline.until)
+
+        return engine
+
+    def look_up(self, statement: Select[Any], parameters: dict[str, Any]) -> Sequence[Any] | None:
+        """Return the first row of one statement, as the driver gives it.
+
+        It is what :meth:`read` returns at a third of the cost, as only the engine's pool stands between the driver and
+        the caller.
+        """
+
+        def once(attempt: Attempt) -> Sequence[Any] | None:
+            if self._has_cursors and attempt.number == 1:
+                return self._fetch(attempt, statement, parameters)
+            # The long way finds out whether that lasts, and says what it is.
+            rows = self._look(attempt, lambda connection: connection.execute(statement, parameters).all())
+            return rows[0] if rows else None
+
+        return self._run(once)
+
+    def _fetch(self, attempt: Attempt, statement: Select[Any], parameters: dict[str, Any]) -> Sequence[Any] | None:
+        proxied = self._engine.raw_connection()
+        attempt.stage = Stage.WORKING
+        info = proxied.info
+        info[IN_USE] = True
+        try:
+            set_deadline = deadline_setter(proxied.dbapi_connection, is_own=True)
+            set_deadline(attempt.until)
+            cursor = proxied.cursor()
+            cursor.execute(self._text(statement), parameters)
+            row: Sequence[Any] | None = cursor.fetchone()
+            cursor.close()
+            set_deadline(None)
+            del info[IN_USE]
+        except BaseException:
+            # Whatever it was, an answer may still be on its way.
+            proxied.invalidate()
+            raise
+        finally:
+            proxied.close()
+        return row
 
     def _text(self, statement: Select[Any]) -> str:
         text = self._texts.get(statement)
@@ -114,66 +179,120 @@ class Database:
         return text
 
     def read(self, statement: Executable, parameters: dict[str, Any] | None = None) -> Sequence[Row[Any]]:
-        """The rows of one statement. A connection that has died is replaced.
+        """Return the rows of one statement. A connection that has died is replaced.
 
         :raises StoreError: the database failed.
         """
         return self.look(lambda connection: connection.execute(statement, parameters).all())
 
     def look(self, work: Callable[[Connection], _Result]) -> _Result:
-        """What ``work`` returns, which only reads. It may be called again, on another connection.
+        """Return what ``work`` returns, which only reads. It may be called again, on another connection.
 
         :raises StoreError: the database failed.
         """
-        return self._run(lambda: self._look(work))
+        return self._run(lambda attempt: self._look(attempt, work))
 
-    def _look(self, work: Callable[[Connection], _Result]) -> _Result:
-        with self._reading.connect() as connection:
-            return work(connection)
-
-    def transact(self, work: Callable[[Connection], _Result]) -> _Result:
-        """What ``work`` returns, when all that it did in a transaction is committed.
-
-        The transaction is begun again where the database asks for that, and where its connection has died before it
-        was to be committed.
-
-        :raises StoreError: the database failed. Where that was while it was to be committed, nobody knows whether it
-            was; the message says so.
-        """
-        return self._run(lambda: self._transact(work))
-
-    def _transact(self, work: Callable[[Connection], _Result]) -> _Result:
-        with self._writing.connect() as connection:
+    def _look(self, attempt: Attempt, work: Callable[[Connection], _Result]) -> _Result:
+        connection = self._engine.connect()
+        attempt.stage = Stage.WORKING
+        try:
+            session = self._session(connection, attempt, self.timeout)
+            session.read()
             result = work(connection)
-            try:
-                connection.commit()
-            except DBAPIError as error:
-                if error.connection_invalidated:
-                    raise StoreError(
-                        f"{self.name} was lost while a transaction was to be committed, and it is not known whether "
-                        "it was; what has an operation id is safe to repeat"
-                    ) from _without_values(error)
-                raise
-            return result
+        except BaseException:
+            _discard(connection)
+            raise
+        self._give_back(session)
+        return result
 
-    def _run(self, action: Callable[[], _Result]) -> _Result:
+    def transact(self, work: Callable[[Session], _Result]) -> _Result:
+        """Return what ``work`` returns, when all that it did in a transaction is committed.
+
+        The transaction is begun again if the database asks for that, and if its connection has died before COMMIT was
+        sent.
+
+        :raises StoreError: the database failed. If the connection is lost during COMMIT, the outcome is unknown; the
+            message says so.
+        """
+        return self._run(lambda attempt: self._transact(attempt, work, self.timeout))
+
+    def prepare(self, work: Callable[[Connection], _Result]) -> _Result:
+        """Like :meth:`transact`, for what makes or changes tables, which may take its time."""
+        return self._run(
+            lambda attempt: self._transact(attempt, lambda session: work(session.begin_now()), _PREPARING_SECONDS)
+        )
+
+    def _transact(self, attempt: Attempt, work: Callable[[Session], _Result], patience: float) -> _Result:
+        connection = self._engine.connect()
+        attempt.stage = Stage.WORKING
+        try:
+            session = self._session(connection, attempt, patience)
+            session.begin()
+            result = work(session)
+            attempt.stage = Stage.COMMITTING
+            session.commit()
+        except UsageMiddlewareError:
+            # A refusal, by a rule between two statements.
+            self._undo(session)
+            raise
+        except self._failures as error:
+            if is_answered(_original(error)) and not _is_lost(error):
+                self._undo(session)
+            else:
+                _discard(connection)
+            raise
+        except BaseException:
+            # Where this came from is unknown, so an answer may still be on its way.
+            _discard(connection)
+            raise
+        self._give_back(session)
+        return result
+
+    def _session(self, connection: Connection, attempt: Attempt, patience: float) -> Session:
+        return Session(connection, self._manners, attempt.until, patience, is_own=self._is_own)
+
+    def _undo(self, session: Session) -> None:
+        """Roll back, and keep the connection if that succeeds."""
+        try:
+            session.roll_back()
+            session.give_back()
+        except BaseException as error:
+            _discard(session.connection)
+            if not isinstance(error, self._failures):
+                raise
+
+    def _give_back(self, session: Session) -> None:
+        """Return a connection to its pool. What has been answered stays answered if that fails."""
+        try:
+            session.give_back()
+        except BaseException as error:
+            _discard(session.connection)
+            if not isinstance(error, self._failures):
+                raise
+
+    def _run(self, once: Callable[[Attempt], _Result]) -> _Result:
         self._check_usable()
-        attempt = 1
+        until = self._deadline.until = time.monotonic() + self.timeout
+        number = 1
         while True:
+            attempt = Attempt(number, until)
             try:
-                return action()
-            except SQLAlchemyError as error:
-                if attempt == _ATTEMPTS or not _may_repeat(error):
-                    raise self._explained(error) from _without_values(error)
-            except self._driver_error as error:
-                # MySQL's isolation level was to be set on a connection that had died, where SQLAlchemy takes no note of
-                # that. Nothing was begun; the pool's other connections are as old.
-                if attempt == _ATTEMPTS:
-                    raise StoreError(f"{self.name} failed: {type(error).__name__}") from error
-                self._engine.dispose()
-            if attempt > 1:
-                time.sleep(random.uniform(0, min(0.005 * 2**attempt, _LONGEST_PAUSE)))
-            attempt += 1
+                return once(attempt)
+            except self._failures as error:
+                if attempt.stage is Stage.COMMITTING and not has_rolled_back(_original(error)):
+                    raise self._unknown(error) from self._shown(error)
+                if not self._may_repeat(attempt, error):
+                    raise self._explained(error, attempt) from self._shown(error)
+            if number > 1:
+                time.sleep(random.uniform(0, min(0.005 * 2**number, _LONGEST_PAUSE)))
+            number += 1
+
+    def _may_repeat(self, attempt: Attempt, error: Exception) -> bool:
+        # A server that refuses a connection, or is not there, is not asked twice.
+        if attempt.stage is Stage.CONNECTING or attempt.number == _ATTEMPTS or time.monotonic() >= attempt.until:
+            return False
+        # If two calls add the same row, the other one's is there when this one begins again.
+        return _is_lost(error) or isinstance(error, IntegrityError) or has_rolled_back(_original(error))
 
     def _check_usable(self) -> None:
         if self._closed:
@@ -188,19 +307,34 @@ class Database:
         self._engine.dispose(close=False)
         self._process = os.getpid()
 
-    def _explained(self, error: SQLAlchemyError) -> StoreError:
-        """What the operator needs to know of an error. What may quote a value, such as a digest, is left out."""
-        reason = type(error).__name__
-        if isinstance(error, DBAPIError):
-            reason = type(error.orig).__name__
-            if not isinstance(error, _QUOTING):
-                # The driver's text is the last argument; its first line, as what follows are details.
-                text = str(error.orig.args[-1]) if error.orig is not None and error.orig.args else ""
-                reason = f"{reason}: {text.partition(chr(10))[0]}"
+    def _unknown(self, error: Exception) -> StoreError:
+        return StoreError(
+            f"{self.name} was lost while a transaction was to be committed, and it is not known whether it was; "
+            "a call with an idempotency_key is safe to repeat with the same one"
+        )
+
+    def _explained(self, error: Exception, attempt: Attempt) -> StoreError:
+        """Return what the operator needs to know of an error. What may quote a value, such as a digest, is left out."""
+        original = _original(error)
+        reason = type(original).__name__
+        if isinstance(original, self._driver_error) and not isinstance(original, self._quoting):
+            # The driver's text is the last argument; its first line, as what follows are details.
+            text = str(original.args[-1]) if original.args else ""
+            reason = f"{reason}: {text.partition(chr(10))[0]}"
+        if time.monotonic() >= attempt.until:
+            return StoreError(f"{self.name} did not answer within {self.timeout:g} s: {reason}")
         return StoreError(f"{self.name} failed: {reason}")
 
+    def _shown(self, error: Exception) -> Exception | None:
+        """Return the error as the cause of another, whose traceback shows no parameters."""
+        if isinstance(_original(error), self._quoting):
+            return None
+        if isinstance(error, DBAPIError):
+            error.hide_parameters = True
+        return error
+
     def close(self) -> None:
-        """Closes the connections of an engine that was made here."""
+        """Close the connections of an engine that was made here."""
         self._closed = True
         if self._is_own and self._process == os.getpid():
             self._engine.dispose()
@@ -209,55 +343,19 @@ class Database:
         return f"Database({self.name!r})"
 
 
-def _url(text: str | URL) -> URL:
-    try:
-        url = make_url(text)
-    except (ArgumentError, ValueError):
-        # SQLAlchemy's messages quote it, and with it a password.
-        raise ValueError("the URL of a database has the form postgresql://user:password@host/name") from None
-    if isinstance(text, str) and "@" in f"{url.host}{url.database}":
-        # Half a password is taken for a host or a name then, and would be shown.
-        raise ValueError("the password in the URL of a database must be quoted: @ as %40, / as %2F, : as %3A")
-    return url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
+def _discard(connection: Connection) -> None:
+    """Close a connection and let its pool make another."""
+    if not connection.closed:
+        connection.invalidate()
+        connection.close()
 
 
-def _engine(url: URL) -> Engine:
-    arguments: dict[str, Any] = {}
-    is_mysql = url.get_backend_name() in MYSQL
-    if not is_mysql and "connect_timeout" not in url.query:
-        # libpq would wait for as long as TCP does: minutes.
-        arguments["connect_timeout"] = _CONNECT_SECONDS
-    try:
-        return create_engine(
-            url,
-            isolation_level="READ COMMITTED" if is_mysql else "AUTOCOMMIT",
-            connect_args=arguments,
-            hide_parameters=True,
-            pool_use_lifo=True,
-        )
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{url.drivername} needs the package {error.name}; {how_to_install('sql')} brings psycopg and PyMySQL"
-        ) from None
-    except SQLAlchemyError as error:
-        raise ValueError(f"{url.drivername} is no driver that SQLAlchemy knows: {error}") from None
+def _original(error: Exception) -> BaseException:
+    """Return the driver's error, of which SQLAlchemy's is a wrapper."""
+    return error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
 
 
-def _may_repeat(error: SQLAlchemyError) -> bool:
-    if not isinstance(error, DBAPIError):
-        return False
-    # Where two add the same row, the other one's is there when it is begun again.
-    if error.connection_invalidated or isinstance(error, IntegrityError):
-        return True
-    state = getattr(error.orig, "sqlstate", None)
-    number = error.orig.args[0] if error.orig is not None and error.orig.args else None
-    return state in _REPEATED_STATES or number in _REPEATED_NUMBERS
-
-
-def _without_values(error: SQLAlchemyError) -> SQLAlchemyError | None:
-    """The error as the cause of another, whose traceback shows no parameters."""
-    if isinstance(error, DBAPIError):
-        error.hide_parameters = True
-        if isinstance(error, _QUOTING):
-            return None
-    return error
+def _is_lost(error: Exception) -> bool:
+    """Whether an error means that the connection cannot be used any more."""
+    # One that SQLAlchemy has not wrapped came from the driver directly, which tells it in no common way.
+    return error.connection_invalidated if isinstance(error, DBAPIError) else not isinstance(error, SQLAlchemyError)

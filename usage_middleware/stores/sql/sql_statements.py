@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from sqlalchemy import (
-    Connection,
     Insert,
     Table,
     and_,
@@ -37,6 +36,7 @@ from ..rows import (
     token_of,
     token_values,
 )
+from .session import Session
 from .sql_schema import MYSQL, model_usage, operations, retired_keys, tokens, usage_by_day
 
 _token_columns: Final = [tokens.c.id, *(tokens.c[name] for name in TOKEN_COLUMNS)]
@@ -202,9 +202,9 @@ _add_day: Final = _adding(usage_by_day, DAY_COLUMNS[2:])  # behind the day and t
 class SQLTransaction:
     """The statements of one open transaction."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._execute = connection.execute
-        self._dialect = 0 if connection.dialect.name in MYSQL else 1
+    def __init__(self, session: Session) -> None:
+        self._execute = session.execute
+        self._dialect = 0 if session.dialect in MYSQL else 1
 
     def load(self, lookup: Lookup) -> Account | None:
         if lookup.operation_id is not None:

@@ -19,7 +19,8 @@ from ..migrations import WrongTables
 from ..rows import operation_of, token_of
 from ..transaction import Transaction
 from . import sql_migrations, sql_statements
-from .database import POSTGRESQL, Database
+from .database import DEFAULT_TIMEOUT, Database
+from .dialects import POSTGRESQL
 from .sql_schema import MYSQL
 from .sql_statements import SQLTransaction
 
@@ -39,9 +40,15 @@ class SQLAlchemyTokenStore(QuotaStore):
     settings make it (``synchronous_commit``, ``innodb_flush_log_at_trx_commit``).
     """
 
-    def __init__(self, url_or_engine: str | URL | Engine, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        url_or_engine: str | URL | Engine,
+        *,
+        timeout: float = DEFAULT_TIMEOUT,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._clock = clock
-        self._database = Database(url_or_engine, (*POSTGRESQL, *MYSQL))
+        self._database = Database(url_or_engine, (*POSTGRESQL, *MYSQL), timeout=timeout)
         self._is_prepared = False
 
     def __repr__(self) -> str:
@@ -49,7 +56,7 @@ class SQLAlchemyTokenStore(QuotaStore):
 
     def _transact(self, work: Callable[[Transaction], _Result]) -> _Result:
         self._prepare()
-        return self._database.transact(lambda connection: work(SQLTransaction(connection)))
+        return self._database.transact(lambda session: work(SQLTransaction(session)))
 
     def _get(self, digest: bytes) -> Token | None:
         self._prepare()
@@ -117,7 +124,7 @@ class SQLAlchemyTokenStore(QuotaStore):
     def has_tables(self) -> bool:
         """Whether this store's tables are there. They are made at the first use; this makes none."""
         try:
-            return self._database.transact(sql_migrations.is_current)
+            return self._database.look(sql_migrations.is_current)
         except WrongTables as error:
             raise StoreError(f"{self._database.name} {error}") from None
 
@@ -125,7 +132,7 @@ class SQLAlchemyTokenStore(QuotaStore):
         from . import sql_health
 
         self._prepare()
-        return iter(self._database.transact(lambda connection: list(sql_health.findings(connection))))
+        return iter(self._database.look(lambda connection: list(sql_health.findings(connection))))
 
     def close(self) -> None:
         """Closes the connections, but for those of an engine that was handed in."""
@@ -136,7 +143,7 @@ class SQLAlchemyTokenStore(QuotaStore):
         if not self._is_prepared:
             if not self.has_tables():
                 try:
-                    self._database.transact(sql_migrations.migrate)
+                    self._database.prepare(sql_migrations.migrate)
                 except WrongTables as error:
                     raise StoreError(f"{self._database.name} {error}") from None
             self._is_prepared = True

@@ -1,0 +1,184 @@
+"""What differs between databases and drivers: URLs, engines, how a transaction begins, and what an error means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import URL, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from .pool import ConnectionPool
+from .sql_schema import MYSQL
+from .timeouts import connect_seconds
+
+POSTGRESQL: Final = ("postgresql", "cockroachdb")
+
+# The driver that the extra "sql" installs, for a URL that names none.
+_DRIVERS: Final = {
+    "postgres": "postgresql+psycopg",
+    "postgresql": "postgresql+psycopg",
+    "mysql": "mysql+pymysql",
+    "mariadb": "mariadb+pymysql",
+}
+_MYSQL_DRIVERS: Final = ("pymysql", "mysqldb")
+_HAVE_CONNECT_TIMEOUT: Final = (*_MYSQL_DRIVERS, "psycopg", "psycopg2")
+
+# Errors after which the server has rolled the transaction back: serialization_failure and deadlock_detected
+# (PostgreSQL's manual, 13.5; MySQL's, 17.7.5.3 "How to Minimize and Handle Deadlocks").
+_ROLLED_BACK_STATES: Final = ("40001", "40P01")
+_ROLLED_BACK_NUMBERS: Final = (1213,)
+# The server has refused a row; with these its answer is complete too.
+_INTEGRITY_CLASS: Final = "23"
+_DUPLICATE: Final = 1062
+
+_TIMEOUT: Final = "timeout"
+_READ_COMMITTED: Final = "ISOLATION LEVEL READ COMMITTED"
+
+
+@dataclass(frozen=True, slots=True)
+class Manners:
+    """How an engine's connections are used.
+
+    Transactions are READ COMMITTED, so what is read behind a lock is what others had committed when it was granted.
+    """
+
+    #: The isolation levels that SQLAlchemy sets on a connection to read and to write, if it has to. For PostgreSQL its
+    #: drivers only remember them.
+    reading: str | None = None
+    writing: str | None = None
+    #: What begins a transaction, beyond what the driver does.
+    begin: tuple[str, ...] = ()
+    #: Whether COMMIT and ROLLBACK are sent as statements, because a driver in autocommit mode may not send them.
+    is_explicit: bool = False
+
+
+def manners(engine: Engine, *, is_own: bool) -> Manners:
+    """Return how to use the connections of an engine that :func:`make_engine` made, or of the owner's."""
+    if engine.dialect.name in MYSQL:
+        if is_own:
+            return Manners(begin=("START TRANSACTION",))
+        # Only of the next transaction. SQLAlchemy would change the session, and change it back on the way to the pool.
+        return Manners(begin=(f"SET TRANSACTION {_READ_COMMITTED}", "START TRANSACTION"))
+    if engine.dialect.name not in POSTGRESQL:
+        return Manners()
+    if is_own:
+        return Manners(begin=(f"BEGIN {_READ_COMMITTED}",), is_explicit=True)
+    return Manners(reading="AUTOCOMMIT", writing="READ COMMITTED")
+
+
+def parse_url(text: str | URL) -> URL:
+    """Return the URL of a database, with its driver.
+
+    :raises ValueError: it is not one. The message does not quote it, as it may hold a password.
+    """
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError):
+        raise ValueError("the URL of a database has the form postgresql://user:password@host/name") from None
+    if isinstance(text, str) and "@" in f"{url.host}{url.database}":
+        # Half a password is taken for a host or a name then, and would be shown.
+        raise ValueError("the password in the URL of a database must be quoted: @ as %40, / as %2F, : as %3A")
+    return url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
+
+
+def split_timeout(url: URL, default: float) -> tuple[URL, float]:
+    """Return the URL without its ``timeout``, and that number of seconds, or ``default``.
+
+    :raises ValueError: it is not a number of seconds.
+    """
+    value = url.query.get(_TIMEOUT)
+    if value is None:
+        return url, default
+    try:
+        return url.difference_update_query([_TIMEOUT]), check_timeout(float(str(value)))
+    except ValueError:
+        raise ValueError(f"timeout in the URL of a database must be a number of seconds, got {value!r}") from None
+
+
+def check_timeout(seconds: object) -> float:
+    """:raises TypeError, ValueError: ``seconds`` is not a number of seconds."""
+    if not isinstance(seconds, (int, float)) or isinstance(seconds, bool):
+        raise TypeError(f"timeout must be a number of seconds, got {type(seconds).__name__}")
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"timeout must be more than 0 seconds, got {seconds!r}")
+    return float(seconds)
+
+
+def make_engine(url: URL, timeout: float) -> Engine:
+    """Make an engine whose connections are in autocommit mode, so a single statement needs no other.
+
+    :raises ImportError: the driver is not installed.
+    :raises ValueError: SQLAlchemy knows no such driver.
+    """
+    is_mysql = url.get_backend_name() in MYSQL
+    try:
+        driver = url.get_dialect().driver
+        engine = create_engine(
+            url,
+            connect_args={k: v for k, v in _connect_arguments(url, driver, timeout).items() if k not in url.query},
+            hide_parameters=True,
+            poolclass=ConnectionPool,
+            # Nothing is open on what comes back, or it is not used again: see pool.IN_USE.
+            pool_reset_on_return=None,
+            **({} if is_mysql else {"isolation_level": "AUTOCOMMIT"}),
+        )
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{url.drivername} needs the package {error.name}; "
+            "pip install 'usage-middleware[sql]' brings psycopg and PyMySQL"
+        ) from None
+    except SQLAlchemyError as error:
+        raise ValueError(f"{url.drivername} is not a driver that SQLAlchemy knows: {error}") from None
+    if is_mysql:
+        event.listen(engine, "connect", _read_committed)
+    return engine
+
+
+def _connect_arguments(url: URL, driver: str, timeout: float) -> dict[str, Any]:
+    if driver == "psycopg":
+        # A statement that is prepared on one of PgBouncer's connections is unknown on the next one. And with the
+        # encoding of a SQL_ASCII database, psycopg returns bytes before a check of ours can say what is wrong.
+        return {"prepare_threshold": None, "client_encoding": "utf8"}
+    if driver in _MYSQL_DRIVERS:
+        seconds = max(round(timeout), 1)
+        return {"autocommit": True, "read_timeout": seconds, "write_timeout": seconds}
+    return {}
+
+
+def limit_connecting(engine: Engine, seconds_left: Callable[[], float]) -> None:
+    """Let an engine of :func:`make_engine` spend no more than so many seconds on connecting."""
+    url = engine.url
+    if engine.driver not in _HAVE_CONNECT_TIMEOUT or "connect_timeout" in url.query:
+        return
+
+    def set_timeout(dialect: object, entry: object, arguments: object, parameters: dict[str, Any]) -> None:
+        parameters["connect_timeout"] = connect_seconds(url, seconds_left())
+
+    event.listen(engine, "do_connect", set_timeout)
+
+
+def _read_committed(connection: Any, entry: object) -> None:
+    cursor = connection.cursor()
+    cursor.execute(f"SET SESSION TRANSACTION {_READ_COMMITTED}")
+    cursor.close()
+
+
+def has_rolled_back(error: BaseException | None) -> bool:
+    """Whether the server's answer is that it rolled the transaction back, so that it may begin again."""
+    return _state(error) in _ROLLED_BACK_STATES or _number(error) in _ROLLED_BACK_NUMBERS
+
+
+def is_answered(error: BaseException | None) -> bool:
+    """Whether an error is the server's complete answer, after which the connection can be used again."""
+    return has_rolled_back(error) or (_state(error) or "").startswith(_INTEGRITY_CLASS) or _number(error) == _DUPLICATE
+
+
+def _state(error: BaseException | None) -> str | None:
+    # psycopg has sqlstate, psycopg2 has pgcode.
+    return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+
+
+def _number(error: BaseException | None) -> object:
+    return error.args[0] if error is not None and error.args else None

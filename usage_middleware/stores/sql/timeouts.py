@@ -1,0 +1,115 @@
+"""How long a driver waits for its server.
+
+A server that stops answering (it is stopped, or a network drops its packets) closes no connection, and TCP itself waits
+for many minutes. A stopped process is not even noticed by ``tcp_user_timeout``, as its kernel still acknowledges what
+is sent. So the driver's own wait is what has to end.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+import weakref
+from collections.abc import Callable, Generator
+from contextlib import suppress
+from typing import Any
+
+from sqlalchemy.engine import URL
+
+#: Sets the time (of :func:`time.monotonic`) at which a connection stops waiting; ``None``: as its owner has it.
+SetDeadline = Callable[[float | None], None]
+
+_SHORTEST = 0.001  # seconds; a driver takes 0 for "no timeout"
+
+
+def deadline_setter(connection: Any, *, is_own: bool) -> SetDeadline:
+    """Return what bounds the waits of a driver's connection. A driver that offers nothing is left as it is.
+
+    :param is_own: whether the connection has no timeouts but ours. Those of another owner still hold.
+    """
+    module = type(connection).__module__.partition(".")[0]
+    if module == "psycopg":
+        wait = connection.__dict__.get("wait")
+        if not isinstance(wait, _Wait):
+            wait = connection.wait = _Wait(connection)
+        return wait.set_deadline
+    if hasattr(connection, "_read_timeout") and hasattr(connection, "_write_timeout"):
+        return _SocketTimeouts(connection, is_own).set_deadline  # PyMySQL
+    return _ignore
+
+
+def _ignore(until: float | None) -> None:
+    pass
+
+
+class _Wait:
+    """``psycopg.Connection.wait`` with a deadline.
+
+    psycopg waits in turns of a tenth of a second, so that it notices Ctrl-C. After a turn in which the server sent
+    nothing it resumes the generator with 0.
+    """
+
+    __slots__ = ("_connection", "_until")
+
+    def __init__(self, connection: Any) -> None:
+        # A strong reference would be a cycle, and keep a connection that was dropped open until it is collected.
+        self._connection = weakref.ref(connection)
+        self._until: float | None = None
+
+    def set_deadline(self, until: float | None) -> None:
+        self._until = until
+
+    def __call__(self, generator: Generator[Any, Any, Any], *args: Any, **options: Any) -> Any:
+        connection = self._connection()
+        return type(connection).wait(connection, self._bounded(generator), *args, **options)  # type: ignore[union-attr]
+
+    def _bounded(self, generator: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+        try:
+            wanted = next(generator)
+            while True:
+                ready = yield wanted
+                if not ready and self._until is not None and time.monotonic() >= self._until:
+                    self._give_up()
+                wanted = generator.send(ready)
+        except StopIteration as end:
+            return end.value
+
+    def _give_up(self) -> None:
+        from psycopg import OperationalError
+
+        connection = self._connection()
+        if connection is not None:
+            # psycopg and SQLAlchemy both tell by this that it cannot be used any more.
+            connection.close()
+        raise OperationalError("the server did not answer in time")
+
+
+class _SocketTimeouts:
+    """The socket timeouts of PyMySQL, which it reads before it waits. They have no public name after connecting."""
+
+    __slots__ = ("_connection", "_owners")
+
+    def __init__(self, connection: Any, is_own: bool) -> None:
+        self._connection = connection
+        self._owners = (None, None) if is_own else (connection._read_timeout, connection._write_timeout)
+
+    def set_deadline(self, until: float | None) -> None:
+        read, write = self._owners
+        if until is not None:
+            left = max(until - time.monotonic(), _SHORTEST)
+            read, write = min(left, read or left), min(left, write or left)
+        self._connection._read_timeout, self._connection._write_timeout = read, write
+
+
+def connect_seconds(url: URL, seconds: float) -> int:
+    """Return how long each attempt may take, so that all of them together take no longer than ``seconds``.
+
+    Drivers try the addresses of a host one after the other, and each has the whole timeout. A name such as
+    ``localhost`` often has two.
+    """
+    addresses = 1
+    if url.host and not url.host.startswith("/"):
+        with suppress(OSError):  # The driver says what is wrong with the name.
+            addresses = len({found[4] for found in socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)})
+    # Whole seconds, as libpq has it, which takes 1 for 2.
+    return max(int(seconds / addresses), 1)
