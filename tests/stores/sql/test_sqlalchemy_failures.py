@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-import select
-import socket
-import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 
 import databases
 import pytest
 from holders import create
+from proxies import Proxy
 from sql_faults import AGAIN, DIE, again, failing, waits
 from sqlalchemy import create_engine, event, make_url, text
 from waiting import DEADLINE, until
@@ -125,58 +123,30 @@ def test_a_connection_that_is_killed_while_it_waits_for_a_lock(database, store):
 _COMMIT = re.compile(rb"COMMIT(?!TED)")
 
 
-class Proxy:
-    """Stands between a store and its server, and loses one COMMIT, or the answer to it."""
-
-    def __init__(self, port):
-        self._port = port
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listening.getsockname()[1]
-        self.loses = None
-        self._closed = threading.Event()
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-
-    def _accept(self):
-        with suppress(OSError):
-            while True:
-                client, _ = self._listening.accept()
-                self._threads.append(threading.Thread(target=self._pass_on, args=(client,)))
-                self._threads[-1].start()
-
-    def _pass_on(self, client):
-        with client, socket.create_connection(("127.0.0.1", self._port)) as server, suppress(OSError):
-            wrote = False
-            while not self._closed.is_set():
-                for ready in select.select([client, server], [], [], 0.1)[0]:
-                    data = ready.recv(65536)
-                    if not data:
-                        return
-                    wrote = wrote or b"INSERT" in data
-                    loses = self.loses
-                    # SQLAlchemy also commits, and nothing, where it sets MySQL's isolation level.
-                    commits = wrote and ready is client and _COMMIT.search(data)
-                    if loses and commits:
-                        self.loses = None
-                        if loses == "the answer":
-                            server.sendall(data)
-                            assert server.recv(65536)
-                        return
-                    wrote = wrote and not commits
-                    (server if ready is client else client).sendall(data)
-
-    def close(self):
-        self._closed.set()
-        self._listening.shutdown(socket.SHUT_RDWR)
-        self._listening.close()
-        for thread in self._threads:
-            thread.join()
-
-
 @pytest.fixture
 def proxy(database):
     with closing(Proxy(database.server.port)) as proxy:
         yield proxy
+
+
+def lose_a_commit(proxy, loses):
+    """Cut the connection at the next COMMIT of what has inserted, or at the answer to it."""
+    seen = []
+
+    def cut(chunk, is_request):
+        if seen == ["insert", "commit"]:
+            proxy.cut = None
+            return 0
+        if is_request and b"INSERT" in chunk:
+            seen.append("insert")
+        if seen and is_request and _COMMIT.search(chunk):
+            if loses == "the request":
+                proxy.cut = None
+                return 0
+            seen[:] = ["insert", "commit"]
+        return None
+
+    proxy.cut = cut
 
 
 @pytest.mark.parametrize("loses", ["the request", "the answer"])
@@ -188,7 +158,7 @@ def test_a_commit_that_is_lost(database, store, proxy, loses, own):
     with SQLAlchemyTokenStore(url if own else engine) as charging:
         charging.get(key)
         for number in (1, 2):
-            proxy.loses = loses
+            lose_a_commit(proxy, loses)
             with pytest.raises(StoreError, match="not known whether") as caught:
                 charging.charge(key, 5, idempotency_key=f"charge {number}")
             assert databases.PASSWORD not in "".join(traceback.format_exception(caught.value))

@@ -214,19 +214,30 @@ class Database:
         :raises StoreError: the database failed. If the connection is lost during COMMIT, the outcome is unknown; the
             message says so.
         """
-        return self._run(lambda attempt: self._transact(attempt, work, self.timeout))
+        return self._run(lambda attempt: self._transact(attempt, work))
 
-    def prepare(self, work: Callable[[Connection], _Result]) -> _Result:
-        """Like :meth:`transact`, for what makes or changes tables, which may take its time."""
-        return self._run(
-            lambda attempt: self._transact(attempt, lambda session: work(session.begin_now()), _PREPARING_SECONDS)
-        )
+    def prepare(self, work: Callable[[Connection], None]) -> None:
+        """Let ``work`` make or change tables, in a transaction as far as the database has that."""
+        self._run(lambda attempt: self._prepare(attempt, work))
 
-    def _transact(self, attempt: Attempt, work: Callable[[Session], _Result], patience: float) -> _Result:
+    def _prepare(self, attempt: Attempt, work: Callable[[Connection], None]) -> None:
         connection = self._engine.connect()
         attempt.stage = Stage.WORKING
         try:
-            session = self._session(connection, attempt, patience)
+            session = self._session(connection, attempt, _PREPARING_SECONDS)
+            session.begin_preparing()
+            work(connection)
+            attempt.stage = Stage.COMMITTING
+            session.commit()
+        finally:
+            # Once in the life of a process: what it has set and locked in the session goes with the connection.
+            _discard(connection)
+
+    def _transact(self, attempt: Attempt, work: Callable[[Session], _Result]) -> _Result:
+        connection = self._engine.connect()
+        attempt.stage = Stage.WORKING
+        try:
+            session = self._session(connection, attempt, self.timeout)
             session.begin()
             result = work(session)
             attempt.stage = Stage.COMMITTING

@@ -50,6 +50,9 @@ class Manners:
     writing: str | None = None
     #: What begins a transaction, beyond what the driver does.
     begin: tuple[str, ...] = ()
+    #: What begins one that changes tables. MySQL commits after each such statement, and what follows is to be in a
+    #: transaction again.
+    begin_preparing: tuple[str, ...] = ()
     #: Whether COMMIT and ROLLBACK are sent as statements, because a driver in autocommit mode may not send them.
     is_explicit: bool = False
 
@@ -57,14 +60,14 @@ class Manners:
 def manners(engine: Engine, *, is_own: bool) -> Manners:
     """Return how to use the connections of an engine that :func:`make_engine` made, or of the owner's."""
     if engine.dialect.name in MYSQL:
-        if is_own:
-            return Manners(begin=("START TRANSACTION",))
-        # Only of the next transaction. SQLAlchemy would change the session, and change it back on the way to the pool.
-        return Manners(begin=(f"SET TRANSACTION {_READ_COMMITTED}", "START TRANSACTION"))
+        # Of the next transaction alone. SQLAlchemy would change the session, and change it back for the pool.
+        isolation = () if is_own else (f"SET TRANSACTION {_READ_COMMITTED}",)
+        return Manners(begin=(*isolation, "START TRANSACTION"), begin_preparing=("SET SESSION autocommit = 0",))
     if engine.dialect.name not in POSTGRESQL:
         return Manners()
     if is_own:
-        return Manners(begin=(f"BEGIN {_READ_COMMITTED}",), is_explicit=True)
+        begin = (f"BEGIN {_READ_COMMITTED}",)
+        return Manners(begin=begin, begin_preparing=begin, is_explicit=True)
     return Manners(reading="AUTOCOMMIT", writing="READ COMMITTED")
 
 

@@ -43,8 +43,7 @@ class Session:
 
     def begin(self) -> None:
         """Begin a transaction, with the first statement."""
-        if self._manners.writing is not None:
-            self.connection.execution_options(isolation_level=self._manners.writing)
+        self._isolate()
         self._begin = self._manners.begin
 
     def execute(self, statement: Executable, parameters: Any = None) -> Any:
@@ -54,11 +53,16 @@ class Session:
         self._set_deadline(time.monotonic() + self._patience)
         return result
 
-    def begin_now(self) -> Connection:
-        """Begin the transaction and return the connection, for what needs more of it than :meth:`execute`."""
+    def begin_preparing(self) -> None:
+        """Begin a transaction that changes tables, by way of :attr:`connection`."""
+        self._isolate()
+        self._begin = self._manners.begin_preparing
         self._send_begin()
         self._set_deadline(time.monotonic() + self._patience)
-        return self.connection
+
+    def _isolate(self) -> None:
+        if self._manners.writing is not None:
+            self.connection.execution_options(isolation_level=self._manners.writing)
 
     def _send_begin(self) -> None:
         for text in self._begin:

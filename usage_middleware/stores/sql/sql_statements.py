@@ -310,7 +310,7 @@ class SQLTransaction:
             return 0
         # Nothing else writes their operations then; what has changed until now is left.
         self._execute(_lock_all, {"ids": list({token_id for _, token_id in rows})}).all()
-        return self._execute(_forget, {**times, "numbers": [number for number, _ in rows]}).rowcount
+        return int(self._execute(_forget, {**times, "numbers": [number for number, _ in rows]}).rowcount)
 
 
 def _lapses_at(operation: Operation) -> float | None:
