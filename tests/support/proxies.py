@@ -86,6 +86,8 @@ class Proxy:
                     self.chunks += 1
                     self.round_trips += is_request and not was_request
                     forwarded = self.cut and self.cut(chunk, is_request)
+                if self._is_silent:
+                    continue
                 was_request = is_request
                 target = server if is_request else client
                 if forwarded is not None:

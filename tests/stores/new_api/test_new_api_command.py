@@ -130,7 +130,7 @@ def test_only_create_makes_tables_in_a_server(url):
         ("postgresql://user:canary@127.0.0.1:1/name", "127.0.0.1:1/name failed"),
         ("mysql://user:canary@127.0.0.1:1/name", "127.0.0.1:1/name failed"),
         ("oracle://user:canary@127.0.0.1:1/name", "there is no store for oracle://"),
-        ("mysql+mysqldb://user:canary@127.0.0.1:1/name", "needs the package MySQLdb"),
+        ("mysql+cymysql://user:canary@127.0.0.1:1/name", "needs the package cymysql"),
         ("sqlite://", "has the form sqlite:///PATH"),
         ("sqlite:///missing.db", "there is no database missing.db"),
     ],

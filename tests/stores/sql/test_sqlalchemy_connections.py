@@ -38,7 +38,7 @@ def test_a_server_that_is_restarted(disposable_server):
         for restart, use in enumerate(
             [
                 lambda s: s.get(key),
-                lambda s: s.find(token.id),
+                lambda s: s.get_by_id(token.id),
                 lambda s: s.charge(key, 1, idempotency_key="a charge"),
                 lambda s: list(s.history(token.id)),
             ]

@@ -23,7 +23,6 @@ from .dialects import (
     check_timeout,
     has_rolled_back,
     is_answered,
-    limit_connecting,
     make_engine,
     manners,
     parse_url,
@@ -31,7 +30,7 @@ from .dialects import (
 )
 from .pool import IN_USE, ConnectionPool, replace_interrupted
 from .session import Session
-from .timeouts import deadline_setter
+from .timeouts import deadline_setter, limit_connecting
 
 DEFAULT_TIMEOUT: Final = 10.0  # seconds
 
@@ -68,7 +67,7 @@ class Attempt:
 
 
 class _Deadline(threading.local):
-    """When this thread stops waiting for a connection of an engine that was made here."""
+    """When a call of this thread stops waiting for a connection."""
 
     until = 0.0
 
@@ -109,6 +108,7 @@ class Database:
             raise ValueError(f"{url.drivername} is an asynchronous driver; choose a synchronous one")
         self._engine = engine
         replace_interrupted(engine)
+        limit_connecting(engine, self._deadline.seconds_left)
         self._manners = manners(engine, is_own=self._is_own)
         self._driver_error: type[Exception] = engine.dialect.loaded_dbapi.Error
         self._failures = (SQLAlchemyError, self._driver_error)
@@ -123,7 +123,6 @@ class Database:
     def _make_engine(self, url: URL) -> Engine:
         engine = make_engine(url, self.timeout)
         deadline = self._deadline
-        limit_connecting(engine, deadline.seconds_left)
         assert isinstance(engine.pool, ConnectionPool)
         engine.pool.wait = deadline.seconds_left
 
@@ -283,10 +282,11 @@ class Database:
 
     def _run(self, once: Callable[[Attempt], _Result]) -> _Result:
         self._check_usable()
-        until = self._deadline.until = time.monotonic() + self.timeout
+        until = time.monotonic() + self.timeout
         number = 1
         while True:
             attempt = Attempt(number, until)
+            self._deadline.until = until
             try:
                 return once(attempt)
             except self._failures as error:
@@ -294,6 +294,8 @@ class Database:
                     raise self._unknown(error) from self._shown(error)
                 if not self._may_repeat(attempt, error):
                     raise self._explained(error, attempt) from self._shown(error)
+            finally:
+                self._deadline.until = 0.0
             if number > 1:
                 time.sleep(random.uniform(0, min(0.005 * 2**number, _LONGEST_PAUSE)))
             number += 1

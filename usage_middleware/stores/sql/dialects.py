@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -11,7 +10,6 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from .pool import ConnectionPool
 from .sql_schema import MYSQL
-from .timeouts import connect_seconds
 
 POSTGRESQL: Final = ("postgresql", "cockroachdb")
 
@@ -22,8 +20,6 @@ _DRIVERS: Final = {
     "mysql": "mysql+pymysql",
     "mariadb": "mariadb+pymysql",
 }
-_MYSQL_DRIVERS: Final = ("pymysql", "mysqldb")
-_HAVE_CONNECT_TIMEOUT: Final = (*_MYSQL_DRIVERS, "psycopg", "psycopg2")
 
 # Errors after which the server has rolled the transaction back: serialization_failure and deadlock_detected
 # (PostgreSQL's manual, 13.5; MySQL's, 17.7.5.3 "How to Minimize and Handle Deadlocks").
@@ -120,7 +116,7 @@ def make_engine(url: URL, timeout: float) -> Engine:
         driver = url.get_dialect().driver
         engine = create_engine(
             url,
-            connect_args={k: v for k, v in _connect_arguments(url, driver, timeout).items() if k not in url.query},
+            connect_args={k: v for k, v in _connect_arguments(driver, timeout).items() if k not in url.query},
             hide_parameters=True,
             poolclass=ConnectionPool,
             # Nothing is open on what comes back, or it is not used again: see pool.IN_USE.
@@ -139,27 +135,18 @@ def make_engine(url: URL, timeout: float) -> Engine:
     return engine
 
 
-def _connect_arguments(url: URL, driver: str, timeout: float) -> dict[str, Any]:
+def _connect_arguments(driver: str, timeout: float) -> dict[str, Any]:
     if driver == "psycopg":
         # A statement that is prepared on one of PgBouncer's connections is unknown on the next one. And with the
         # encoding of a SQL_ASCII database, psycopg returns bytes before a check of ours can say what is wrong.
         return {"prepare_threshold": None, "client_encoding": "utf8"}
-    if driver in _MYSQL_DRIVERS:
+    if driver == "pymysql":
+        return {"autocommit": True}
+    if driver == "mysqldb":
+        # Its timeouts cannot be changed once it is connected.
         seconds = max(round(timeout), 1)
         return {"autocommit": True, "read_timeout": seconds, "write_timeout": seconds}
     return {}
-
-
-def limit_connecting(engine: Engine, seconds_left: Callable[[], float]) -> None:
-    """Let an engine of :func:`make_engine` spend no more than so many seconds on connecting."""
-    url = engine.url
-    if engine.driver not in _HAVE_CONNECT_TIMEOUT or "connect_timeout" in url.query:
-        return
-
-    def set_timeout(dialect: object, entry: object, arguments: object, parameters: dict[str, Any]) -> None:
-        parameters["connect_timeout"] = connect_seconds(url, seconds_left())
-
-    event.listen(engine, "do_connect", set_timeout)
 
 
 def _read_committed(connection: Any, entry: object) -> None:

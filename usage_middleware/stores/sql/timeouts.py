@@ -12,14 +12,15 @@ import time
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy.engine import URL
+from sqlalchemy import URL, Engine, event
 
 #: Sets the time (of :func:`time.monotonic`) at which a connection stops waiting; ``None``: as its owner has it.
 SetDeadline = Callable[[float | None], None]
 
-_SHORTEST = 0.001  # seconds; a driver takes 0 for "no timeout"
+_SHORTEST: Final = 0.001  # seconds; a driver takes 0 for "no timeout"
+_HAVE_CONNECT_TIMEOUT: Final = ("psycopg", "psycopg2", "pymysql", "mysqldb")
 
 
 def deadline_setter(connection: Any, *, is_own: bool) -> SetDeadline:
@@ -101,7 +102,33 @@ class _SocketTimeouts:
         self._connection._read_timeout, self._connection._write_timeout = read, write
 
 
-def connect_seconds(url: URL, seconds: float) -> int:
+def limit_connecting(engine: Engine, seconds_left: Callable[[], float]) -> None:
+    """Let an engine spend no more seconds on a new connection than the thread that needs it has left.
+
+    :param seconds_left: returns 0 or less if no call of ours is at work in the thread: an owner's engine then connects
+        as its owner has it.
+    """
+    if engine.driver not in _HAVE_CONNECT_TIMEOUT:
+        return
+
+    def connect(dialect: Any, entry: object, arguments: list[Any], parameters: dict[str, Any]) -> Any:
+        left = seconds_left()
+        if left <= 0:
+            return None
+        parameters.setdefault("connect_timeout", _each_attempt(engine.url, left))
+        if engine.driver != "pymysql":
+            return None
+        # It waits for a greeting as it waits for an answer. What is added here ends with the connecting.
+        limits = {name: left for name in ("read_timeout", "write_timeout") if name not in parameters}
+        connection = dialect.connect(*arguments, **parameters, **limits)
+        for name in limits:
+            setattr(connection, f"_{name}", None)
+        return connection
+
+    event.listen(engine, "do_connect", connect)
+
+
+def _each_attempt(url: URL, seconds: float) -> int:
     """Return how long each attempt may take, so that all of them together take no longer than ``seconds``.
 
     Drivers try the addresses of a host one after the other, and each has the whole timeout. A name such as
