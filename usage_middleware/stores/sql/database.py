@@ -101,7 +101,8 @@ class Database:
         self.dialect = url.get_backend_name()
         self.name = url.set(query={}).render_as_string(hide_password=True)
         if self.dialect not in dialects:
-            raise ValueError(f"{self.dialect} is not among the databases that can be used: {', '.join(dialects)}")
+            remedy = "; SQLite has SQLiteTokenStore" if self.dialect == "sqlite" else ""
+            raise ValueError(f"{self.dialect} is not one of {', '.join(dialects)}, which this store is for{remedy}")
         self._deadline = _Deadline()
         engine = url_or_engine if isinstance(url_or_engine, Engine) else self._make_engine(url)
         if engine.dialect.is_async:

@@ -8,6 +8,7 @@ from typing import Any, Final
 from sqlalchemy import URL, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from ...extras import how_to_install
 from .pool import ConnectionPool
 from .sql_schema import MYSQL
 
@@ -125,8 +126,7 @@ def make_engine(url: URL, timeout: float) -> Engine:
         )
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"{url.drivername} needs the package {error.name}; "
-            "pip install 'usage-middleware[sql]' brings psycopg and PyMySQL"
+            f"{url.drivername} needs the package {error.name}; {how_to_install('sql')} brings psycopg and PyMySQL"
         ) from None
     except SQLAlchemyError as error:
         raise ValueError(f"{url.drivername} is not a driver that SQLAlchemy knows: {error}") from None
