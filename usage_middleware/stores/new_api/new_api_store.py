@@ -23,7 +23,6 @@ from sqlalchemy import (
     create_engine,
     inspect,
 )
-from sqlalchemy.exc import SQLAlchemyError
 
 from ...checks import MAX_INTEGER
 from ...errors import DamagedToken, StoreError
