@@ -1,5 +1,6 @@
 """Reservations whose settling fails: the answer goes out, and it is tried again."""
 
+import gc
 import logging
 import os
 import threading
@@ -23,7 +24,7 @@ class Failing(MemoryTokenStore):
     def settle(self, operation, amount, **tokens):
         if self.error is not None:
             raise self.error
-        self.settled.append((operation, amount))
+        self.settled.append((operation.id, amount))
         return super().settle(operation, amount, **tokens)
 
 
@@ -142,7 +143,7 @@ def test_a_store_that_fails_again_keeps_the_order(metered):
     settle, tried = Failing.settle, []
 
     def once(operation, amount, **tokens):
-        tried.append(operation)
+        tried.append(operation.id)
         metered.store.error = StoreError("down") if len(tried) > 2 else None
         return settle(metered.store, operation, amount, **tokens)
 
@@ -200,6 +201,31 @@ def test_a_forked_process_leaves_the_queue_to_its_parent(metered):
     os.close(sender)
     metered.serve().finish()
     assert len(metered.store.settled) == 2
+
+
+def test_an_answer_that_the_server_drops(metered):
+    """It is settled with the next request: Python may free it while this thread holds a lock of the store."""
+
+    def drop():
+        metered.serve().next()
+        metered.app.environ = None
+        gc.collect()
+
+    drop()
+    drop()
+    assert not metered.settlements
+    assert not metered.store.settled
+    metered.serve().finish()
+    assert [s.outcome for s in metered.settlements] == ["completed", "abandoned", "abandoned"]
+    assert metered.used == 3
+    # While the store fails, it waits with the others.
+    metered.store.error = StoreError("down")
+    metered.serve().close()
+    drop()
+    metered.store.error = None
+    for _ in range(2):
+        metered.serve().finish()
+    assert metered.used == 3 + 4
 
 
 def test_what_on_settled_raises_is_logged(caplog):

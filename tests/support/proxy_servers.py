@@ -1,4 +1,4 @@
-"""The WSGI servers in front of a :class:`Proxy`, each in a process of its own."""
+"""The WSGI servers in front of a :class:`Proxy` or of the meter, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -6,29 +6,37 @@ from web_servers import GUNICORN
 
 _STOP = 3  # seconds
 _MAKE_SERVER = (
-    "import proxied, sys; from {} import make_server;"
-    "make_server('127.0.0.1', int(sys.argv[1]), proxied.app{}).serve_forever()"
+    "import {0} as module, sys; from {1} import make_server;"
+    "make_server('127.0.0.1', int(sys.argv[1]), module.app{2}).serve_forever()"
 )
 _UVICORN = (
-    "import proxied, sys, uvicorn; from a2wsgi import WSGIMiddleware;"
-    "uvicorn.run(WSGIMiddleware(proxied.app), port=int(sys.argv[1]), log_level='warning')"
+    "import {} as module, sys, uvicorn; from a2wsgi import WSGIMiddleware;"
+    "uvicorn.run(WSGIMiddleware(module.app), port=int(sys.argv[1]), log_level='warning')"
 )
 _UWSGI = (
-    "import os, sys; os.execv(f'{sys.prefix}/bin/uwsgi', ['uwsgi', f'--http-socket=127.0.0.1:{sys.argv[1]}',"
-    " f'--home={sys.prefix}', '--module=proxied:app', '--need-app', '--master', '--threads=4', '--die-on-term'])"
+    "import os, sys; os.execv(sys.prefix + '/bin/uwsgi', ['uwsgi', '--http-socket=127.0.0.1:' + sys.argv[1],"
+    " '--home=' + sys.prefix, '--module={}:app', '--need-app', '--master', '--threads=4', '--die-on-term'])"
 )
-COMMANDS = {
-    "wsgiref": ["-c", _MAKE_SERVER.format("wsgiref.simple_server", ""), "{port}"],
-    "werkzeug": ["-c", _MAKE_SERVER.format("werkzeug.serving", ", threaded=True"), "{port}"],
-    "gunicorn-sync": [*GUNICORN, "proxied:app"],
-    "gunicorn-gthread": [*GUNICORN, "--worker-class=gthread", "--threads=4", "proxied:app"],
-    "gunicorn-gevent": [*GUNICORN, "--worker-class=gevent", "proxied:app"],
-    "waitress": ["-m", "waitress", "--listen=127.0.0.1:{port}", "proxied:app"],
-    "cheroot": ["-m", "cheroot", "--bind=127.0.0.1:{port}", "proxied:app"],
-    "granian": [
-        *("-m", "granian", "--host=127.0.0.1", "--port={port}", f"--workers-kill-timeout={_STOP}"),
-        *("--interface=wsgi", "proxied:app"),
-    ],
-    "uwsgi": ["-c", _UWSGI.replace("{", "{{").replace("}", "}}"), "{port}"],
-    "a2wsgi": ["-c", _UVICORN, "{port}"],
-}
+
+
+def commands(module: str) -> dict[str, list[str]]:
+    """The arguments of Python that serve ``app`` of a module, by the name of the server."""
+    place = f"{module}:app"
+    return {
+        "wsgiref": ["-c", _MAKE_SERVER.format(module, "wsgiref.simple_server", ""), "{port}"],
+        "werkzeug": ["-c", _MAKE_SERVER.format(module, "werkzeug.serving", ", threaded=True"), "{port}"],
+        "gunicorn-sync": [*GUNICORN, place],
+        "gunicorn-gthread": [*GUNICORN, "--worker-class=gthread", "--threads=4", place],
+        "gunicorn-gevent": [*GUNICORN, "--worker-class=gevent", place],
+        "waitress": ["-m", "waitress", "--listen=127.0.0.1:{port}", place],
+        "cheroot": ["-m", "cheroot", "--bind=127.0.0.1:{port}", place],
+        "granian": [
+            *("-m", "granian", "--host=127.0.0.1", "--port={port}", f"--workers-kill-timeout={_STOP}"),
+            *("--interface=wsgi", place),
+        ],
+        "uwsgi": ["-c", _UWSGI.format(module), "{port}"],
+        "a2wsgi": ["-c", _UVICORN.format(module), "{port}"],
+    }
+
+
+COMMANDS = commands("proxied")

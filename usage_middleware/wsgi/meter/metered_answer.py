@@ -6,11 +6,11 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 from .costs import Cost, CostReader, FixedReader, Headers, Usage
 from .request_body import RequestBody
-from .settlement import Abandoned, Basis, Head, Outcome, charge
+from .settlement import Abandoned, Basis, Head, Outcome, Reservation, charge
 
 if TYPE_CHECKING:
     from _typeshed import OptExcInfo
@@ -25,17 +25,10 @@ _DRAIN_TIME: Final = 10.0
 _Write = Callable[[bytes], object]
 
 
-class Settle(Protocol):
-    """Settles the reservation of one request."""
-
-    def __call__(self, usage: Usage, basis: Basis, outcome: Outcome, status: int | None, /) -> None: ...
-
-
 class MeteredAnswer:
     """The iterable that the server gets, and the ``start_response`` that the application gets.
 
-    :param settle: called once, before the last byte is handed on. ``None``: nothing was reserved.
-    :param reserved: the units that were.
+    :param reservation: settled once, before the last byte is handed on. ``None``: nothing was reserved.
     :param is_head: whether the request's method is ``HEAD``.
     """
 
@@ -43,19 +36,17 @@ class MeteredAnswer:
         self,
         start_response: StartResponse,
         cost: Cost,
-        settle: Settle | None,
+        reservation: Reservation | None,
         *,
-        reserved: int,
         abandoned: Abandoned,
         is_head: bool,
     ) -> None:
         self._start_response = start_response
         self._cost = cost
-        self._settle = settle
-        self._reserved = reserved
+        self._reservation = reservation
         self._abandoned: Abandoned = abandoned
         self._is_head = is_head
-        self._is_settled = settle is None
+        self._is_settled = reservation is None
         self._is_closed = False
         self._stated: Usage | None = None
         self._head: Head | None = None
@@ -78,7 +69,7 @@ class MeteredAnswer:
         :raises TypeError, ValueError: an argument is not a number from 0 to 2**63 - 1.
         """
         usage = Usage(units, input_tokens, output_tokens)
-        if self._is_settled and self._settle is not None:
+        if self._is_settled and self._reservation is not None:
             logger.error("usage_middleware.charge was called with %d after its request was settled", units)
         self._stated = usage
 
@@ -152,6 +143,14 @@ class MeteredAnswer:
                 self._settle_as("failed" if is_stopped else "abandoned", ended=ended)
                 if self._request_body is not None:
                     self._request_body.close()
+
+    def __del__(self) -> None:
+        # granian drops an answer without closing it if the client has left before it is asked for. Python calls this at
+        # any moment, even while this thread holds a lock of the store, so it only leaves it to a later request.
+        if not self._is_settled and self._reservation is not None:
+            self._is_settled = True
+            usage, basis = self._charge(self._reservation, "abandoned", ended=False)
+            self._reservation.settle_later(usage, basis, "abandoned", None if self._head is None else self._head.status)
 
     # --- What the meter calls.
 
@@ -260,20 +259,20 @@ class MeteredAnswer:
             self._settle_as("rejected" if head.status >= 400 else "completed")
 
     def _settle_as(self, outcome: Outcome, *, ended: bool = False) -> None:
-        if self._is_settled or self._settle is None:
+        if self._is_settled or self._reservation is None:
             return
         self._is_settled = True
         self._feed = None
-        head = self._head
-        usage = Usage(self._reserved)
-        basis: Basis = "reserved"
+        usage, basis = self._charge(self._reservation, outcome, ended)
+        self._reservation.settle(usage, basis, outcome, None if self._head is None else self._head.status)
+
+    def _charge(self, reservation: Reservation, outcome: Outcome, ended: bool) -> tuple[Usage, Basis]:
+        reserved = reservation.operation.held
         try:
-            usage, basis = charge(
-                outcome, head, self._stated, reserved=self._reserved, abandoned=self._abandoned, ended=ended
-            )
+            return charge(outcome, self._head, self._stated, reserved=reserved, abandoned=self._abandoned, ended=ended)
         except Exception:
             logger.exception("a reader of %s failed: the cost is unknown", type(self._cost).__name__)
-        self._settle(usage, basis, outcome, None if head is None else head.status)
+            return Usage(reserved), "reserved"
 
     def _drain(self) -> bool:
         """Read the rest of a JSON answer whose client has left, and return whether it came to its end."""

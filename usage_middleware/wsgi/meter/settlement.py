@@ -117,9 +117,32 @@ def charge(
 _FREE: Final[tuple[Usage, Basis]] = (Usage(0), "free")
 
 
-class _Waiting(NamedTuple):
-    operation_id: str
+class Reservation(NamedTuple):
+    """The reservation of one request.
+
+    :param begun: when the request began, by :func:`time.perf_counter`.
+    """
+
+    settler: Settler
+    operation: Operation
+    begun: float
+
+    def settle(self, usage: Usage, basis: Basis, outcome: Outcome, status: int | None) -> None:
+        """Settle it now."""
+        self.settler.settle(_Charge(self.operation, self.begun, usage, basis, outcome, status))
+
+    def settle_later(self, usage: Usage, basis: Basis, outcome: Outcome, status: int | None) -> None:
+        """Settle it with a later request. This takes no lock, so it can be called at any moment."""
+        self.settler.settle_later(_Charge(self.operation, self.begun, usage, basis, outcome, status))
+
+
+class _Charge(NamedTuple):
+    operation: Operation
+    begun: float
     usage: Usage
+    basis: Basis
+    outcome: Outcome
+    status: int | None
 
 
 class Settler:
@@ -134,112 +157,117 @@ class Settler:
         # By process id: a child settles nothing that its parent keeps, and has no lock that another thread held.
         self._queues: dict[int, _Queue] = {}
 
-    def settle(
-        self,
-        operation: Operation,
-        begun: float,
-        usage: Usage,
-        basis: Basis,
-        outcome: Outcome,
-        status: int | None,
-    ) -> None:
-        """Settle a reservation.
+    def settle(self, charge: _Charge) -> None:
+        """Settle a reservation. If the store takes it, try those again that it failed to take."""
+        if not self._settle(charge):
+            return
+        queue = self._queues.get(os.getpid())
+        if queue is None or not queue.retrying.acquire(blocking=False):
+            return
+        try:
+            for _ in range(_MOST_AT_ONCE):
+                if queue.untried:
+                    self._settle(queue.untried.popleft())
+                elif not self._retry(queue):
+                    return
+        finally:
+            queue.retrying.release()
 
-        :param begun: when the request began, by :func:`time.perf_counter`.
-        """
-        waiting = _Waiting(operation.id, usage)
-        error = self._failure(waiting)
-        if error is None:
-            queue = self._queues.get(os.getpid())
-            if queue is not None:
-                queue.retry(self._failure)
-        else:
-            self._keep(waiting, error)
+    def settle_later(self, charge: _Charge) -> None:
+        """Settle a reservation with a later request."""
+        self._queue().untried.append(charge)
+
+    def _settle(self, charge: _Charge) -> bool:
+        error = self._failure(charge)
+        if error is not None:
+            if _is_final(error):
+                _report(charge, f"{_described(error)}. It is not tried again")
+            else:
+                _report(charge, f"{_described(error)}. It is tried again with later requests")
+                self._queue().add(charge)
         if self._on_settled is not None:
-            settlement = Settlement(
-                operation_id=operation.id,
-                token_id=operation.token_id,
-                model=operation.model,
-                reserved=operation.held,
-                units=usage.units,
-                input_tokens=usage.input_tokens,
-                output_tokens=usage.output_tokens,
-                basis=basis,
-                outcome=outcome,
-                status=status,
-                seconds=time.perf_counter() - begun,
-                settled=error is None,
-            )
-            try:
-                self._on_settled(settlement)
-            except Exception:
-                logger.exception("on_settled failed for operation %s", operation.id)
+            self._tell(self._on_settled, charge, settled=error is None)
+        return error is None
 
-    def _failure(self, waiting: _Waiting) -> Exception | None:
-        operation_id, usage = waiting
+    def _retry(self, queue: _Queue) -> bool:
+        """Settle the oldest of those that wait, and return whether there may be more to do."""
+        if not queue.failed:
+            return False
+        charge = queue.failed.popleft()
+        error = self._failure(charge)
+        if error is None:
+            logger.info("operation %s is settled now", charge.operation.id)
+        elif _is_final(error):
+            logger.error("operation %s cannot be settled: %s", charge.operation.id, _described(error))
+        else:
+            queue.failed.appendleft(charge)
+            return False
+        return True
+
+    def _failure(self, charge: _Charge) -> Exception | None:
+        usage = charge.usage
         try:
             self._store.settle(
-                operation_id, usage.units, input_tokens=usage.input_tokens, output_tokens=usage.output_tokens
+                charge.operation, usage.units, input_tokens=usage.input_tokens, output_tokens=usage.output_tokens
             )
         except Exception as error:
             return error
         except BaseException:
-            # The worker is being stopped: whether the store has taken it is not known.
-            self._report(waiting, "the worker is being stopped", "")
+            # Whether the store has taken it is not known.
+            _report(charge, "the worker is being stopped")
             raise
         return None
 
-    def _keep(self, waiting: _Waiting, error: Exception) -> None:
-        if _is_final(error):
-            self._report(waiting, _described(error), "It is not tried again")
-            return
-        self._report(waiting, _described(error), "It is tried again with later requests")
-        queue = self._queues.get(os.getpid()) or self._queues.setdefault(os.getpid(), _Queue())
-        queue.add(waiting)
+    def _queue(self) -> _Queue:
+        return self._queues.get(os.getpid()) or self._queues.setdefault(os.getpid(), _Queue())
 
     @staticmethod
-    def _report(waiting: _Waiting, reason: str, what_follows: str) -> None:
-        logger.error(
-            "a reservation could not be settled: %s. %sBy hand: usage-middleware settle %s %d",
-            reason,
-            what_follows and what_follows + ". ",
-            waiting.operation_id,
-            waiting.usage.units,
+    def _tell(on_settled: Callable[[Settlement], None], charge: _Charge, *, settled: bool) -> None:
+        operation, begun, usage, basis, outcome, status = charge
+        settlement = Settlement(
+            operation_id=operation.id,
+            token_id=operation.token_id,
+            model=operation.model,
+            reserved=operation.held,
+            units=usage.units,
+            input_tokens=usage.input_tokens,
+            output_tokens=usage.output_tokens,
+            basis=basis,
+            outcome=outcome,
+            status=status,
+            seconds=time.perf_counter() - begun,
+            settled=settled,
         )
+        try:
+            on_settled(settlement)
+        except Exception:
+            logger.exception("on_settled failed for operation %s", operation.id)
 
 
 class _Queue:
-    """What waits to be settled in this process, the oldest first."""
+    """What waits to be settled in one process, the oldest first."""
 
     def __init__(self) -> None:
-        self._waiting: deque[_Waiting] = deque()
-        self._retrying = threading.Lock()
+        #: What the store has failed to take, and what it was not asked to take yet.
+        self.failed: deque[_Charge] = deque()
+        self.untried: deque[_Charge] = deque(maxlen=_MOST_WAITING)
+        #: One thread at a time tries again.
+        self.retrying = threading.Lock()
 
-    def add(self, waiting: _Waiting) -> None:
+    def add(self, charge: _Charge) -> None:
         """Keep one more. If there are too many, the oldest is dropped: the log has the command that settles it."""
-        if len(self._waiting) >= _MOST_WAITING:
-            self._waiting.popleft()
-        self._waiting.append(waiting)
+        if len(self.failed) >= _MOST_WAITING:
+            self.failed.popleft()
+        self.failed.append(charge)
 
-    def retry(self, failure: Callable[[_Waiting], Exception | None]) -> None:
-        """Settle some in order, until the store fails again. One thread at a time does."""
-        if not self._waiting or not self._retrying.acquire(blocking=False):
-            return
-        try:
-            for _ in range(_MOST_AT_ONCE):
-                if not self._waiting:
-                    return
-                waiting = self._waiting.popleft()
-                error = failure(waiting)
-                if error is None:
-                    logger.info("operation %s is settled now", waiting.operation_id)
-                elif _is_final(error):
-                    logger.error("operation %s cannot be settled: %s", waiting.operation_id, _described(error))
-                else:
-                    self._waiting.appendleft(waiting)
-                    return
-        finally:
-            self._retrying.release()
+
+def _report(charge: _Charge, reason: str) -> None:
+    logger.error(
+        "a reservation could not be settled: %s. By hand: usage-middleware settle %s %d",
+        reason,
+        charge.operation.id,
+        charge.usage.units,
+    )
 
 
 def _is_final(error: Exception) -> bool:

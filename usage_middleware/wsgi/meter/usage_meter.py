@@ -30,7 +30,7 @@ from .exempt import exemption
 from .meter_refusals import EXHAUSTED, EXPIRED, HELD, MODEL_NOT_ALLOWED, error_body, problems, refused_body
 from .metered_answer import MeteredAnswer
 from .request_body import close_request_body, read_body
-from .settlement import Abandoned, Settlement, Settler
+from .settlement import Abandoned, Reservation, Settlement, Settler
 from .streams import narrowed_encoding
 
 if TYPE_CHECKING:
@@ -143,8 +143,7 @@ class UsageMeter:
         answer = MeteredAnswer(
             start_response,
             cost,
-            None if operation is None else partial(self._settler.settle, operation, begun),
-            reserved=0 if operation is None else operation.held,
+            None if operation is None else Reservation(self._settler, operation, begun),
             abandoned=self._abandoned,
             is_head=method == "HEAD",
         )
