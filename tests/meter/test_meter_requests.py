@@ -380,8 +380,7 @@ def test_an_exempt_answer_is_the_same_object(metered):
 )
 def test_the_key_of_an_llm_client(store, headers, found):
     assert llm_key(environ(**headers)) == found
-    metered = Metered(store, key=KEY)
-    metered.meter = UsageMeter(metered.app, store, key=llm_key, forward_key=False)
+    metered = Metered(store, find_key=llm_key, forward_key=False)
     served = metered.serve(key=None, HTTP_USER_AGENT="client", **headers)
     assert served.status == (200 if found else 401)
     if found:
@@ -394,8 +393,7 @@ def test_the_key_of_an_llm_client(store, headers, found):
 
 
 def test_a_malformed_key_in_another_header_is_a_guess(store):
-    metered = Metered(store, throttle="1 per 30 days")
-    metered.meter = UsageMeter(metered.app, store, key=llm_key, throttle="1 per 30 days")
+    metered = Metered(store, find_key=llm_key, throttle="1 per 30 days")
     statuses = [metered.serve(key=None, HTTP_X_API_KEY="a b", REMOTE_ADDR="192.0.2.1").status for _ in range(2)]
     assert statuses == [401, 429]
 

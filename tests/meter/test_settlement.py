@@ -233,8 +233,7 @@ def test_what_on_settled_raises_is_logged(caplog):
         raise ValueError("a bug of the host")
 
     with MemoryTokenStore() as store:
-        metered = Metered(store)
-        metered.meter._settler._on_settled = fail
+        metered = Metered(store, on_settled=fail)
         assert metered.serve().finish() == b"done"
         assert metered.token.total_used == 1
     assert "on_settled" in lines(caplog)[0]

@@ -7,7 +7,7 @@ import sys
 
 from client import environ
 
-from usage_middleware import UsageMeter
+from usage_middleware import UsageMeter, bearer_key
 
 KEY = "k" * 20
 
@@ -116,13 +116,18 @@ class _Answer:
 class Metered:
     """A store with one token, an application and the meter between them."""
 
-    def __init__(self, store, app=None, *, total_available=1000, key=KEY, **arguments):
+    def __init__(self, store, app=None, *, total_available=1000, key=KEY, find_key=bearer_key, **arguments):
         self.store = store
         _, token = store.create(key=key, total_available=total_available, name="holder")
         self.token_id = token.id
         self.settlements = []
         self.app = Host() if app is None else app
-        self.meter = UsageMeter(self.app, store, on_settled=self.settlements.append, **arguments)
+        self._arguments = {"on_settled": self.settlements.append, "key": find_key, **arguments}
+        self.meter = UsageMeter(self.app, store, **self._arguments)
+
+    def change(self, **arguments):
+        """Go on with a meter that has other arguments too."""
+        self.meter = UsageMeter(self.app, self.store, **self._arguments, **arguments)
 
     def serve(self, *arguments, **options):
         return Served(self.meter, *arguments, **options)
