@@ -16,7 +16,7 @@ JSON = ("Content-Type", "application/json")
 EVENTS = ("Content-Type", "text/event-stream")
 COST = ("X-Usage-Cost", str(STATED))
 KEEP_OPEN = b": still there\n\n"
-LONGEST = 3.0  # seconds that an answer is kept open for a client that does not leave
+LONGEST = 2.0  # seconds that an answer is kept open for a client that does not leave
 
 
 class Row(NamedTuple):
