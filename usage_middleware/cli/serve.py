@@ -7,9 +7,9 @@ from typing import Any, Final
 
 import click
 
+from ..service.building import build
+from ..service.options import ServiceOptions, service_options
 from ..stores.base import QuotaStore
-from ..wsgi.endpoints.new_api import NewAPI
-from ..wsgi.endpoints.not_found import NotFound
 from ..wsgi.middleware import UsageMiddleware
 from . import server
 from .db_option import database_option, open_token_store
@@ -26,88 +26,32 @@ port_option = click.option(
 
 @click.command()
 @database_option
-@click.option(
-    "--app", "application", metavar="MODULE:ATTRIBUTE", help="A WSGI application to put the endpoint in front of."
-)
 @host_option
 @port_option
-@click.option("--path", default="/api/usage/token", show_default=True, help="The path to answer.")
-@click.option(
-    "--allow-origin", "origins", metavar="ORIGIN", multiple=True, help="A web origin that may ask. Repeatable."
-)
-@click.option("--no-cors", is_flag=True, help="Let no web page ask.  [default: any may]")
-@click.option(
-    "--throttle", metavar="LIMIT", help="How often one client may send a wrong key, such as '20 per 20 minutes'."
-)
-@click.option(
-    "--throttle-storage",
-    metavar="URI",
-    help="Where failures are counted, such as redis://localhost:6379.  [default: memory://]",
-)
-@click.option(
-    "--new-api/--no-new-api",
-    "with_new_api",
-    default=None,
-    help="Answer what clients of new-api ask beside the path.  [default: unless there is an --app]",
-)
-@click.option(
-    "--quota-per-unit",
-    type=click.IntRange(min=1),
-    help="How many quota units are one US dollar to clients of new-api.  [default: 500000]",
-)
-@click.option(
-    "--display",
-    type=click.Choice(["USD", "TOKENS"]),
-    help="What clients of new-api show: US dollars, or quota units as they are.  [default: USD]",
-)
-@click.option(
-    "--system-name", metavar="NAME", help="What clients of new-api call this service.  [default: usage-middleware]"
-)
-def serve(
-    application: str | None,
-    host: str,
-    port: int,
-    path: str,
-    origins: tuple[str, ...],
-    no_cors: bool,
-    throttle: str | None,
-    throttle_storage: str | None,
-    with_new_api: bool | None,
-    **new_api_options: Any,
-) -> None:
-    """Serve the endpoint, alone or in front of an application.
+@service_options
+def serve(host: str, port: int, **values: Any) -> None:
+    """Serve the endpoint, alone or in front of an application or an HTTP service, and charge for requests to these.
 
     Alone, it also answers new-api's other endpoints: without them, some clients show nothing.
 
+    With --upstream, each request needs a key and is charged; with --app, if --cost, --cost-header or --llm says what.
+    The endpoint is free.
+
     A database of new-api is served as it is, and not written to.
 
-    For a small service, and for trying things out; a busy one belongs under a WSGI server such as gunicorn.
+    For a small service, and for trying things out; a busy one belongs under a WSGI server. The same options make an
+    application for it:
+
+    \b
+      gunicorn "usage_middleware.wsgi:application('--db tokens.db --upstream …')"
     """
-    if origins and no_cors:
-        raise click.UsageError("--allow-origin and --no-cors exclude each other")
-    if throttle_storage is not None and throttle is None:
-        raise click.UsageError("--throttle-storage needs a --throttle")
-    given = {name: value for name, value in new_api_options.items() if value is not None}
-    if with_new_api is None:
-        with_new_api = application is None
-    if given and not with_new_api:
-        raise click.UsageError(f"--{next(iter(given)).replace('_', '-')} needs --new-api")
+    options = ServiceOptions(**values)
     with stop_in_order() as stop, open_token_store() as store:
-        allow_origins = () if no_cors else "*" if origins in ((), ("*",)) else origins
-        wrapped = server.load_application(application) if application else NotFound(allow_origins)
-        middleware = UsageMiddleware(
-            wrapped,
-            store,
-            path=path,
-            new_api=NewAPI(**given) if with_new_api else None,
-            allow_origins=allow_origins,
-            throttle=throttle,
-            throttle_storage="memory://" if throttle_storage is None else throttle_storage,
-        )
+        application = build(store, options)
         store.get("-")  # a database that cannot be used is reported now, not to the first client
         if not isinstance(store, QuotaStore):
             say("This is a database of new-api: it is served as it is, and not written to.")
-        listen(middleware, host, port, lambda url: say(f"Serving {url}{path} (Ctrl-C stops it)"), stop)
+        listen(application, host, port, lambda url: say(f"Serving {url}{options.path} (Ctrl-C stops it)"), stop)
 
 
 def listen(middleware: UsageMiddleware, host: str, port: int, ready: Callable[[str], None], stop: Stop) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from werkzeug.serving import WSGIRequestHandler, make_server, select_address_family
-from werkzeug.utils import ImportStringError, import_string
 
 from .formats import without_keys
 from .printing import say
@@ -34,28 +32,6 @@ class _RequestHandler(WSGIRequestHandler):
     def log_error(self, *_: Any) -> None:
         # The arguments quote what could not be understood, which may be a key in the wrong place.
         say(f"{self.address_string()} sent a request that is not HTTP")
-
-
-def load_application(name: str) -> WSGIApplication:
-    """Return the WSGI application that ``module:attribute`` names, looked for in the working directory too.
-
-    :raises ValueError: there is none; the message says why in one line.
-    """
-    if not all(name.partition(":")[::2]):
-        raise ValueError(f"{name!r} is not of the form module:attribute, such as wsgi:application")
-    sys.path.insert(0, os.getcwd())
-    try:
-        application = import_string(name)
-    except ImportStringError as error:
-        reason = error.exception
-    except Exception as error:
-        reason = error
-    else:
-        if not callable(application):
-            raise ValueError(f"{name} is of the type {type(application).__name__}, not a WSGI application")
-        return application  # type: ignore[no-any-return]
-    text = str(reason).partition("\n")[0]
-    raise ValueError(f"cannot import {name}: {type(reason).__name__}: {text}") from None
 
 
 def serve(application: WSGIApplication, host: str, port: int, ready: Callable[[str], None], stop: Stop) -> None:
