@@ -49,9 +49,8 @@ class TokenEndpoint(Endpoint):
 
     def body(self, environ: WSGIEnvironment) -> bytes:
         # Parameters are read only now, with the token: a refusal of the key is the same whatever else is wrong.
-        return self._authentication.ask(
-            environ, lambda key: self.describe(self._authentication.token(key), environ).encode()
-        )
+        authentication = self._authentication
+        return authentication.ask(environ, lambda key: self.describe(authentication.token(key), environ).encode())
 
     @abstractmethod
     def describe(self, token: Token, environ: WSGIEnvironment) -> str:
