@@ -82,7 +82,7 @@ class History(StoreHooks):
         :param size: how many entries to return at most.
         """
         operations = [operation for kind in kinds for operation in _OPERATIONS_OF[kind]]
-        if not operations or not can_exist(token_id):
+        if not operations or not can_exist(token_id) or offset + size > MAX_INTEGER:
             return []
         return [log_entry(found) for found in self._log(token_id, operations, since, until, offset, size)]
 

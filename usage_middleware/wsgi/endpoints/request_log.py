@@ -37,7 +37,7 @@ class LogEndpoint(TokenEndpoint):
         kinds = [name for name in LOG_KINDS if kind in (0, _TYPES[name])]
         offset, size = _page(parameters)
         rows = []
-        if self._store is not None and token.id is not None and kinds and offset <= MAX_INTEGER:
+        if self._store is not None and token.id is not None and kinds and offset + size <= MAX_INTEGER:
             entries = self._store.log(
                 token.id,
                 kinds=kinds,
