@@ -15,7 +15,7 @@ from ..stores.base import QuotaStore
 from ..stores.findings import Finding, ok, warning
 from . import formats
 from .arguments import json_option
-from .db_option import database_option, open_store
+from .db_option import Opened, database_option, open_to_check
 from .printing import echo, print_json_array
 from .tables import printable
 from .times import format_time
@@ -40,9 +40,9 @@ def check(as_json: bool) -> int:
             worst = max(worst, finding.level == "problem")
             yield finding
 
-    with open_store(read_only=True) as store:
-        store.get_by_id(1)  # as the middleware does: what it refuses is refused here
-        findings = seen(_findings(store, time.time()))
+    with open_to_check() as opened:
+        opened.quota_store().get_by_id(1)  # as the middleware does: what it refuses is refused here
+        findings = seen(_findings(opened, time.time()))
         if as_json:
             print_json_array({"level": finding.level, "text": finding.text} for finding in findings)
         else:
@@ -51,9 +51,15 @@ def check(as_json: bool) -> int:
     return int(worst)
 
 
-def _findings(store: QuotaStore, now: float) -> Iterator[Finding]:
-    yield ok("opens, and its tables are those of this version")
-    yield from chain(store.health(), _tokens(store, now), _reservations(store, now))
+def _findings(opened: Opened, now: float) -> Iterator[Finding]:
+    store = opened.quota_store()
+    if opened.state == "current":
+        yield ok("opens, and its tables are those of this version")
+    else:
+        yield warning("its tables are those of an earlier version; any service or command that writes upgrades them")
+    # A copy of an earlier version's file would say nothing of its permissions and the like.
+    examined = opened.original if isinstance(opened.original, QuotaStore) else store
+    yield from chain(examined.health(), _tokens(store, now), _reservations(store, now))
 
 
 def _tokens(store: QuotaStore, now: float) -> Iterator[Finding]:

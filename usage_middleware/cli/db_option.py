@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import click
 
@@ -13,6 +13,7 @@ from .. import stores
 from ..errors import UsageMiddlewareError
 from ..stores.base import QuotaStore
 from ..stores.memory import MemoryTokenStore
+from ..stores.migrations import TablesState
 
 if TYPE_CHECKING:
     from ..stores.new_api.new_api_store import NewAPITokenStore
@@ -25,6 +26,24 @@ NO_TOKENS: Final = "this database has no tokens; 'usage-middleware create' makes
 # Under these names the context keeps what --db says, and whether it was typed on the command line.
 _DATABASE: Final = "usage_middleware.database"
 _IS_TYPED: Final = "usage_middleware.database_is_typed"
+
+
+class Opened(NamedTuple):
+    """A store that was opened, and what was found."""
+
+    store: QuotaStore | NewAPITokenStore
+    #: The store that ``--db`` names, if another stands for it.
+    original: QuotaStore | NewAPITokenStore | None
+    state: TablesState
+
+    def quota_store(self) -> QuotaStore:
+        """:raises click.UsageError: it is not one."""
+        if not isinstance(self.store, QuotaStore):
+            raise click.UsageError(
+                "this is a database of new-api, which is only read: 'usage-middleware serve' answers from it, and "
+                "'usage-middleware import' copies its tokens to a database of yours"
+            )
+        return self.store
 
 
 def remember_database(ctx: click.Context, parameter: click.Parameter, value: str | None) -> None:
@@ -52,32 +71,45 @@ def database_option(command: _Command) -> _Command:
 
 
 @contextmanager
-def open_store(*, create: bool = False, read_only: bool = False) -> Iterator[QuotaStore]:
+def open_store(*, create: bool = False, read_only: bool = False, dry_run: bool = False) -> Iterator[QuotaStore]:
     """Yield the store that ``--db`` names. What it refuses inside of the context becomes one line.
 
-    :param create: make a database, or its tables, if there are none. With ``read_only``, an empty store stands for
-        them instead.
-    :param read_only: write nothing, and need no permission to write.
+    :param create: make a database, or its tables, if there are none. If it is only read, an empty store stands for
+        them.
+    :param read_only: write nothing, and need no permission to write. Only the tables of an earlier version on a server
+        are upgraded, as the next process would.
+    :param dry_run: write nothing at all.
     """
-    with _in_one_line(), _open(create=create, read_only=read_only) as store:
-        if not isinstance(store, QuotaStore):
-            raise click.UsageError(
-                "this is a database of new-api, which is only read: 'usage-middleware serve' answers from it, and "
-                "'usage-middleware import' copies its tokens to a database of yours"
-            )
-        yield store
+    with _in_one_line(), _open(create=create, read_only=read_only or dry_run, upgrade=not dry_run) as opened:
+        yield opened.quota_store()
+
+
+@contextmanager
+def open_to_check() -> Iterator[Opened]:
+    """Like :func:`open_store` to read, and also yield what was found."""
+    with _in_one_line(), _open(read_only=True) as opened:
+        opened.quota_store()
+        yield opened
 
 
 @contextmanager
 def open_token_store() -> Iterator[QuotaStore | NewAPITokenStore]:
     """Yield the store that ``--db`` names, or one that only answers."""
-    with _in_one_line(), _open() as store:
-        yield store
+    with _in_one_line(), _open() as opened:
+        yield opened.store
 
 
-def has_tables(store: Any) -> bool:
-    """Return whether a store's tables are there. It makes none."""
-    return not hasattr(store, "has_tables") or bool(store.has_tables())
+def named_database() -> str:
+    """Return what ``--db`` or the environment says.
+
+    :raises click.UsageError: neither does, or it names a store that ends with the command.
+    """
+    database = click.get_current_context().meta.get(_DATABASE)
+    if not database:
+        raise click.UsageError(f"which database? Name it with --db DATABASE or in {ENVIRONMENT_VARIABLE}")
+    if database == stores.MEMORY:
+        raise click.UsageError("a store in memory ends with the command; name a file or the URL of a database")
+    return str(database)
 
 
 @contextmanager
@@ -88,24 +120,26 @@ def _in_one_line() -> Iterator[None]:
         raise click.UsageError(str(error)) from None
 
 
-def _open(*, create: bool = False, read_only: bool = False) -> QuotaStore | NewAPITokenStore:
-    database = click.get_current_context().meta.get(_DATABASE)
-    if not database:
-        raise click.UsageError(f"which database? Name it with --db DATABASE or in {ENVIRONMENT_VARIABLE}")
-    if database == stores.MEMORY:
-        raise click.UsageError("a store in memory ends with the command; name a file or the URL of a database")
+@contextmanager
+def _open(*, create: bool = False, read_only: bool = False, upgrade: bool = True) -> Iterator[Opened]:
+    database = named_database()
     path = stores.file_path(database)
     if path is not None and not Path(path).exists():
         if not create:
             raise click.UsageError(f"there is no database {path}; 'usage-middleware create' makes one")
         if read_only:
-            return MemoryTokenStore()
+            yield Opened(MemoryTokenStore(), None, "none")
+            return
     if path is not None and Path(path).is_dir():
         raise click.UsageError(f"{path} is a directory; name a file in it")
-    store: QuotaStore | NewAPITokenStore = stores.open_and_ask(database, read_only=read_only)
-    if (create and not read_only) or has_tables(store):
-        return store
-    store.close()
-    if create:
-        return MemoryTokenStore()
-    raise click.UsageError(NO_TOKENS)
+    with stores.open_and_ask(database, read_only=read_only) as store:
+        state = store.tables_state() if isinstance(store, QuotaStore) else "current"
+        if state == "none" and not create:
+            raise click.UsageError(NO_TOKENS)
+        if state == "none" and read_only:
+            yield Opened(MemoryTokenStore(), store, state)
+        elif state == "earlier" and read_only:
+            with stores.open_earlier(database, upgrade=upgrade) as earlier:
+                yield Opened(earlier, store, state)
+        else:
+            yield Opened(store, store, state)

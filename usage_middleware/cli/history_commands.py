@@ -80,7 +80,7 @@ def prune(before: int, dry_run: bool, yes: bool) -> None:
     when = format_time(before)
     if before > now:
         raise click.UsageError(f"{when} lies in the future; name a time that has passed")
-    with open_store(read_only=dry_run) as store:
+    with open_store(dry_run=dry_run) as store:
         if dry_run:
             say(f"Would forget {_operations(store.count_finished(before))} from before {when}.")
             return

@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Final
@@ -88,6 +89,32 @@ def file_path(text: str) -> str | None:
     if opener not in (_open_file, _open_new_api):
         return None
     return sqlite_path(_unmarked(text))
+
+
+@contextmanager
+def open_earlier(text: str, *, upgrade: bool) -> Iterator[QuotaStore | Any]:
+    """Yield a store to read what has tables of an earlier version (:meth:`QuotaStore.tables_state`).
+
+    An SQLite file stays as it is: a temporary copy of it is upgraded, and read.
+
+    :param upgrade: upgrade what cannot be copied, as the next process that writes would.
+    :raises StoreError: it cannot be copied, and is not to be upgraded.
+    """
+    path = file_path(text)
+    if path is not None:
+        from .sqlite.copying import temporary_copy
+        from .sqlite.sqlite_store import SQLiteTokenStore
+
+        with temporary_copy(os.path.abspath(path)) as copy, SQLiteTokenStore(copy, synchronous="OFF") as store:
+            yield store
+    elif upgrade:
+        with open_store(text) as store:
+            yield store
+    else:
+        raise StoreError(
+            "the tables of this database are those of an earlier version; any service or command that writes upgrades "
+            "them"
+        )
 
 
 def is_new_api(text: str) -> bool:
@@ -167,7 +194,7 @@ def _open_file(text: str, read_only: bool) -> Any:
 
 def _open_server(text: str, read_only: bool) -> Any:
     scheme, separator, rest = text.partition("://")
-    return load("SQLAlchemyTokenStore")(scheme.lower() + separator + rest)
+    return load("SQLAlchemyTokenStore")(scheme.lower() + separator + rest, read_only=read_only)
 
 
 def _open_new_api(text: str, read_only: bool) -> Any:

@@ -17,6 +17,7 @@ from ..operations import Operation
 from ..tokens import Token
 from ..usage import DayUsage
 from .findings import Finding
+from .migrations import TablesState
 from .transaction import Transaction
 
 # How many lapsed reservations one transaction releases. A release is kept even if the charge is then refused, and other
@@ -94,6 +95,10 @@ class StoreHooks(ABC):
     def health(self) -> Iterator[Finding]:
         """Yield what is well with the database, and what is not. Changes nothing."""
         return iter(())
+
+    def tables_state(self) -> TablesState:
+        """Return whether the store's tables are there, and of which version. Makes and changes nothing."""
+        return "current"
 
     def _now(self) -> float:
         return self._clock()

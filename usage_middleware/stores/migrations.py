@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeAlias, TypeVar
 
 from ..errors import StoreError
 
 _Connection = TypeVar("_Connection")
+
+TablesState: TypeAlias = Literal["none", "earlier", "current"]
+"""Whether a database has no tables of ours, those of an earlier version, or those of this one."""
 
 
 class WrongTables(StoreError):
@@ -34,12 +37,20 @@ class Schema(Generic[_Connection]):
     version: Callable[[_Connection], int]
     record: Callable[[_Connection, int], None]
 
-    def is_current(self, connection: _Connection) -> bool:
-        """Return whether a database has the newest version. Reads only.
+    def state(self, connection: _Connection) -> TablesState:
+        """Return whether a database has tables of ours, and whether they have the newest version. Reads only.
 
         :raises WrongTables: it was made by a newer version, or by something else.
         """
-        return self._checked_version(connection) == len(self.steps)
+        version = self._checked_version(connection)
+        return "none" if version == 0 else "current" if version == len(self.steps) else "earlier"
+
+    def is_current(self, connection: _Connection) -> bool:
+        """Return whether a database has the newest version. Reads only.
+
+        :raises WrongTables: as :meth:`state`.
+        """
+        return self.state(connection) == "current"
 
     def upgrade(self, connection: _Connection) -> None:
         """Apply the steps that are missing. The caller keeps other processes from doing so at the same time.

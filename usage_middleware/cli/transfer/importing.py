@@ -55,7 +55,7 @@ def import_tokens(ctx: click.Context, source: str, format_name: str | None, dry_
     try:
         with (
             open_source(source, format_name) as opened,
-            open_store(create=True, read_only=dry_run) as store,
+            open_store(create=True, dry_run=dry_run) as store,
             _rehearsal(store) if dry_run else nullcontext(store.restore) as restore,
             _reported(tally),
         ):

@@ -8,16 +8,17 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
 from ... import stores
 from ...errors import DamagedToken, StoreError
+from ...stores.base import QuotaStore
 from ...stores.storable import check_record
 from ...tokens import TokenRecord
-from ..db_option import NO_TOKENS, has_tables
+from ..db_option import NO_TOKENS
 from .fields import BadRow
 from .records import LINE_LIMIT, Row, UnreadableSource, read_csv, read_json_lines, reason, too_long
 
@@ -47,7 +48,6 @@ class _Database(Protocol):
 
     def records(self) -> Iterator[TokenRecord | DamagedToken]: ...
     def count(self) -> int: ...
-    def close(self) -> None: ...
 
 
 def format_of(name: str) -> str | None:
@@ -68,7 +68,7 @@ def open_source(text: str, format_name: str | None) -> AbstractContextManager[So
     if text == stores.MEMORY:
         raise UnreadableSource("a store in memory ends with the command that made it")
     if "://" in text:
-        return _database_source(_open_database(text))
+        return _database_source(text)
     try:
         file = open(text, "rb")  # noqa: SIM115 - the source closes it
     except OSError as error:
@@ -79,29 +79,18 @@ def open_source(text: str, format_name: str | None) -> AbstractContextManager[So
     with file:
         is_database = file.peek(len(_SQLITE_MAGIC)).startswith(_SQLITE_MAGIC)
     if is_database:
-        return _database_source(_open_database(text))
+        return _database_source(text)
     raise UnreadableSource(
         f"it is not known what it holds; a file is read if its name ends with {', '.join(_SUFFIXES)}, if it is an "
         "SQLite database, or with --format csv or --format jsonl"
     )
 
 
-def _open_database(text: str) -> _Database:
-    try:
-        database: _Database = stores.open_and_ask(text, read_only=True)
-        if has_tables(database):
-            return database
-        database.close()
-    except (StoreError, ValueError, ImportError) as error:
-        raise UnreadableSource(str(error)) from None
-    raise UnreadableSource(NO_TOKENS)
-
-
 @contextmanager
-def _database_source(database: _Database) -> Iterator[Source]:
+def _database_source(text: str) -> Iterator[Source]:
     read = 0
 
-    def rows() -> Iterator[Row]:
+    def rows(database: _Database) -> Iterator[Row]:
         nonlocal read
         for record in database.records():
             read += 1
@@ -110,8 +99,26 @@ def _database_source(database: _Database) -> Iterator[Source]:
             else:
                 yield Row(record.token.id or read, _checked(record))
 
-    with closing(database):
-        yield Source("token", rows(), database.count, lambda: read)
+    with ExitStack() as opened:
+        try:
+            database = opened.enter_context(_database(text))
+        except (StoreError, ValueError, ImportError) as error:
+            raise UnreadableSource(str(error)) from None
+        yield Source("token", rows(database), database.count, lambda: read)
+
+
+@contextmanager
+def _database(text: str) -> Iterator[_Database]:
+    """Yield the store that ``text`` names, to read its tokens. Nothing is written, whatever version its tables have."""
+    with stores.open_and_ask(text, read_only=True) as database:
+        state = database.tables_state() if isinstance(database, QuotaStore) else "current"
+        if state == "none":
+            raise UnreadableSource(NO_TOKENS)
+        if state == "earlier":
+            with stores.open_earlier(text, upgrade=False) as earlier:
+                yield earlier
+        else:
+            yield database
 
 
 def _checked(record: TokenRecord) -> TokenRecord | BadRow:

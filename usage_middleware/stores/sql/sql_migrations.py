@@ -11,7 +11,7 @@ from typing import Final
 
 from sqlalchemy import Connection, inspect, text
 
-from ..migrations import Schema, WrongTables
+from ..migrations import Schema, TablesState, WrongTables
 from .sql_schema import MYSQL, TABLES
 
 VERSION_TABLE: Final = "usage_schema"
@@ -180,6 +180,14 @@ def is_current(connection: Connection) -> bool:
     :raises WrongTables: the database was made by a newer version, or by something else; without its name.
     """
     return SCHEMA.is_current(connection)
+
+
+def state(connection: Connection) -> TablesState:
+    """Return whether the database has tables of ours, and whether they are those of this version. Reads only.
+
+    :raises WrongTables: as :func:`is_current`.
+    """
+    return SCHEMA.state(connection)
 
 
 def migrate(connection: Connection) -> None:

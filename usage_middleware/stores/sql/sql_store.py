@@ -15,7 +15,7 @@ from ...tokens import Token
 from ...usage import DayUsage
 from ..base import QuotaStore
 from ..findings import Finding
-from ..migrations import WrongTables
+from ..migrations import TablesState, WrongTables
 from ..rows import operation_of, token_of
 from ..transaction import Transaction
 from . import sql_migrations, sql_statements
@@ -32,6 +32,7 @@ class SQLAlchemyTokenStore(QuotaStore):
 
     :param url_or_engine: an SQLAlchemy URL such as ``"postgresql+psycopg://user:password@host/name"`` or
         ``"mysql+pymysql://…"``, or an :class:`~sqlalchemy.engine.Engine`, whose pool and options are then its owner's.
+    :param read_only: never writes, and makes no tables: they must be there.
     :param clock: returns Unix time; for tests.
     :raises TypeError, ValueError: it is neither, or is of another database; SQLite has :class:`SQLiteTokenStore`.
     :raises ImportError: the database's driver is not installed.
@@ -45,9 +46,11 @@ class SQLAlchemyTokenStore(QuotaStore):
         url_or_engine: str | URL | Engine,
         *,
         timeout: float = DEFAULT_TIMEOUT,
+        read_only: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._clock = clock
+        self._is_read_only = bool(read_only)
         self._database = Database(url_or_engine, (*POSTGRESQL, *MYSQL), timeout=timeout)
         self._is_prepared = False
 
@@ -55,6 +58,8 @@ class SQLAlchemyTokenStore(QuotaStore):
         return f"SQLAlchemyTokenStore({self._database.name!r})"
 
     def _transact(self, work: Callable[[Transaction], _Result]) -> _Result:
+        if self._is_read_only:
+            raise StoreError(f"the store of {self._database.name} was opened read-only")
         self._prepare()
         return self._database.transact(lambda session: work(SQLTransaction(session)))
 
@@ -122,9 +127,12 @@ class SQLAlchemyTokenStore(QuotaStore):
         return self._database.read(statement, parameters)
 
     def has_tables(self) -> bool:
-        """Whether this store's tables are there. They are made at the first use; this makes none."""
+        """Return whether this store's tables are there, of this version or an earlier one. Makes none."""
+        return self.tables_state() != "none"
+
+    def tables_state(self) -> TablesState:
         try:
-            return self._database.look(sql_migrations.is_current)
+            return self._database.look(sql_migrations.state)
         except WrongTables as error:
             raise StoreError(f"{self._database.name} {error}") from None
 
@@ -139,9 +147,13 @@ class SQLAlchemyTokenStore(QuotaStore):
         self._database.close()
 
     def _prepare(self) -> None:
-        """Sees that the tables are there, once in a process."""
+        """Make sure that the tables are there, once in a process."""
         if not self._is_prepared:
-            if not self.has_tables():
+            if self.tables_state() != "current":
+                if self._is_read_only:
+                    raise StoreError(
+                        f"{self._database.name} has not all tables of this version; open it once for writing"
+                    )
                 try:
                     self._database.prepare(sql_migrations.migrate)
                 except WrongTables as error:

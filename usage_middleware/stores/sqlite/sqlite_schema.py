@@ -9,7 +9,7 @@ import sqlite3
 
 from sqlite_utils import Database
 
-from ..migrations import Schema, WrongTables
+from ..migrations import Schema, TablesState, WrongTables
 
 _TABLES = ("tokens", "retired_keys", "operations", "model_usage", "usage_by_day")
 # Where the first two versions recorded themselves, by sqlite-utils: a row for each step.
@@ -232,6 +232,19 @@ def is_current(connection: sqlite3.Connection) -> bool:
     :raises WrongTables: the database was made by a newer version, or by something else.
     """
     return SCHEMA.is_current(connection)
+
+
+def state(connection: sqlite3.Connection) -> TablesState:
+    """Return whether the database has tables of ours, and whether they are those of this version. Reads only.
+
+    :raises WrongTables: as :func:`is_current`.
+    """
+    # It takes two reads, and another process may migrate between them.
+    connection.execute("BEGIN")
+    try:
+        return SCHEMA.state(connection)
+    finally:
+        connection.execute("ROLLBACK")
 
 
 def migrate(connection: sqlite3.Connection) -> None:

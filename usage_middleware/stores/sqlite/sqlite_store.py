@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 import os
+import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import date
 from typing import Any, Final, TypeVar
 
+from ...errors import StoreError
 from ...operations import Kind, Operation
 from ...tokens import Token
 from ...usage import DayUsage
 from ..base import QuotaStore
 from ..findings import Finding
+from ..migrations import TablesState, WrongTables
 from ..rows import operation_of, token_of
 from ..transaction import Transaction
-from . import statements
+from . import reading, sqlite_errors, statements
 from .connections import Connections
 from .statements import SQLiteTransaction
 
@@ -66,9 +69,12 @@ class SQLiteTokenStore(QuotaStore):
         if synchronous not in _SYNCHRONOUS:
             raise ValueError(f"synchronous must be one of {', '.join(_SYNCHRONOUS)}, got {synchronous!r}")
         self._clock = clock
+        self._is_read_only = bool(read_only)
         # Absolute, as a server may change its directory later.
         self._path = os.path.abspath(name)
-        self._connections = Connections(self._path, timeout=timeout, synchronous=synchronous, read_only=bool(read_only))
+        self._connections = Connections(
+            self._path, timeout=timeout, synchronous=synchronous, read_only=self._is_read_only
+        )
 
     def __repr__(self) -> str:
         return f"SQLiteTokenStore({self._path!r})"
@@ -137,6 +143,18 @@ class SQLiteTokenStore(QuotaStore):
         from . import sqlite_health
 
         return sqlite_health.findings(self._path)
+
+    def tables_state(self) -> TablesState:
+        from . import sqlite_schema
+
+        if not self._is_read_only and not os.path.exists(self._path):
+            return "none"  # it will be made
+        try:
+            return reading.look(self._path, sqlite_schema.state)
+        except WrongTables as error:
+            raise StoreError(f"{self._path} {error}") from None
+        except sqlite3.Error as error:
+            raise sqlite_errors.explained(self._path, error, is_expected=True) from error
 
     def taken(self, digests: Sequence[bytes]) -> set[bytes]:
         return {digest for digest in digests if self._connections.read(statements.TAKEN, (digest, digest))}

@@ -1,0 +1,33 @@
+"""A copy of an SQLite database, to do with as one likes."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+
+from . import reading, sqlite_errors
+
+
+@contextmanager
+def temporary_copy(path: str) -> Iterator[str]:
+    """Yield the path of a copy of the database, which no other user can read. It is removed at the end.
+
+    The database is read as one of another program: nothing beside it changes, and a live one is copied whole.
+
+    :raises StoreError: it cannot be read.
+    """
+    with tempfile.TemporaryDirectory(prefix="usage-middleware-") as directory:
+        target = os.path.join(directory, os.path.basename(path))
+
+        def copy(source: sqlite3.Connection) -> None:
+            with closing(sqlite3.connect(target)) as connection:
+                source.backup(connection)
+
+        try:
+            reading.look(path, copy)
+        except sqlite3.Error as error:
+            raise sqlite_errors.explained(path, error, is_expected=True) from error
+        yield target
