@@ -3,7 +3,9 @@
 import json
 import os
 import sqlite3
+import tempfile
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +15,15 @@ from usage_middleware.stores.sqlite.sqlite_health import has_wal_reset_bug
 
 
 @pytest.fixture
-def path(tmp_path):
-    path = tmp_path / "tokens.db"
+def path():
+    """A database in a folder that every user can enter, which the folders of pytest are not."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield database_in(Path(folder))
+
+
+def database_in(folder):
+    path = folder / "tokens.db"
     with SQLiteTokenStore(path) as store:
         store.create(name="active", total_available=5)
         store.create(name="exhausted")
@@ -102,6 +111,42 @@ def test_what_is_wrong_is_told(check, path, break_, status, line):
     found, out, _ = check(path)
     assert line in out
     assert found == status
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm"])
+@pytest.mark.parametrize(("mode", "status", "line"), [(0o644, 0, "warning"), (0o666, 1, "PROBLEM")])
+def test_the_files_beside_it_hold_the_newest_rows(check, path, suffix, mode, status, line):
+    with SQLiteTokenStore(path) as store:
+        store.create()
+        Path(f"{path}{suffix}").chmod(mode)
+        found, out, _ = check(path)
+    assert f"{line} permissions of {path}{suffix} are {mode:o}: " in out
+    assert found == status
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_what_other_users_cannot_enter_they_cannot_read(check, path, closed):
+    """Whichever folder on the way is closed to them."""
+    folders = [path.parent / "a", path.parent / "a" / "b", path.parent / "a" / "b" / "c"]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        folder.chmod(0o700 if number == closed else 0o755)
+    inner = database_in(folders[-1])
+    inner.chmod(0o644)
+    status, out, _ = check(inner)
+    assert status == 0
+    assert "ok      permissions are 644, in a folder that other users cannot enter\n" in out
+    folders[closed].chmod(0o755)
+    assert "warning permissions are 644: " in check(inner)[1]
+
+
+def test_a_folder_in_which_others_may_replace_the_file_is_a_problem(check, path):
+    path.parent.chmod(0o777)
+    status, out, _ = check(path)
+    assert status == 1
+    assert f"PROBLEM permissions of {path.parent} let every user of this machine replace the database" in out
+    path.parent.chmod(0o1777)  # as /tmp: only the owner of a file may remove it
+    assert check(path)[0] == 0
 
 
 def test_a_reservation_that_has_lapsed_is_a_warning(check, path):

@@ -1,8 +1,6 @@
 """Commands that only read: they need no permission to write, make nothing, and leave a file as it is."""
 
-import json
 import os
-import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -11,9 +9,12 @@ import pytest
 from command import run, run_json
 from first_version import KEY, make_first_version
 from forks import forked
+from sqlalchemy import NullPool, create_engine, text
 from sqlite_files import another_process
 
 from usage_middleware import SQLAlchemyTokenStore, SQLiteTokenStore
+from usage_middleware.keys import key_digest
+from usage_middleware.stores.sql.sql_migrations import SCHEMA
 
 READING = [
     ["list"],
@@ -45,19 +46,14 @@ def state_of(folder):
 
 
 @pytest.fixture
-def folder(tmp_path):
-    folder = tmp_path / "folder"
+def folder(tmp_path, monkeypatch):
+    """A folder with nothing but what a test puts there. What a command makes for itself, it makes elsewhere."""
+    temporary, folder = tmp_path / "temporary", tmp_path / "folder"
+    temporary.mkdir()
     folder.mkdir()
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """What a command makes for itself is not made beside the database."""
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    yield
-    assert list((tmp_path / "temporary").iterdir()) == []
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    yield folder
+    assert list(temporary.iterdir()) == []
 
 
 # --- A file that is not ours
@@ -161,7 +157,7 @@ def test_no_permission_to_write_is_needed(ours, words):
     def read():
         if os.geteuid() == 0:
             os.setuid(65534)
-        out, err = run(*words, "--db", ours)
+        _, err = run(*words, "--db", ours)
         return f"{os.access(ours, os.W_OK)} {os.access(ours.parent, os.W_OK)} {'Error' not in err}"
 
     # Up to where all can go.
@@ -265,7 +261,57 @@ def test_what_a_server_holds_is_read(database_url, db):
     assert not db.exists()
 
 
+@pytest.fixture
+def earlier_server(database_url):
+    """A database with the tables of the first version, and one token in them."""
+    token = {
+        "id": 7,
+        "digest": key_digest(KEY),
+        "hint": "-key",
+        "name": "First",
+        "total_available": 90,
+        "total_used": 10,
+        "unlimited_quota": False,
+        "model_limits": "{}",
+        "model_limits_enabled": False,
+        "expires_at": 0,
+        "enabled": True,
+        "created_at": 1_700_000_000,
+    }
+    engine = create_engine(database_url, poolclass=NullPool)
+    with engine.connect() as connection:
+        SCHEMA.steps[0](connection)
+        SCHEMA.record(connection, 1)
+        names = ", ".join(token)
+        values = ", ".join(f":{name}" for name in token)
+        connection.execute(text(f"INSERT INTO usage_tokens ({names}) VALUES ({values})"), token)
+        connection.commit()
+    with SQLAlchemyTokenStore(database_url, read_only=True) as store:
+        assert store.tables_state() == "earlier"
+        yield database_url, store.tables_state
+
+
 @pytest.mark.servers
-def test_an_earlier_version_on_a_server(database, db):
-    """It is upgraded as by any other process of this version, but not by a rehearsal, and not as a source."""
-    from usage_middleware.stores.sql import sql_migrations
+def test_a_rehearsal_and_a_source_do_not_upgrade_a_server(earlier_server, db):
+    url, state = earlier_server
+    db.with_name("t.csv").write_text("key\nthe-key-of-a-holder\n")
+    for words in (
+        ["import", "--dry-run", "--db", url, "t.csv"],
+        ["import", url],
+        ["prune", "--before", "1d", "--dry-run", "--db", url],
+    ):
+        assert (
+            "are those of an earlier version; any service or command that writes upgrades" in run(*words, status=2)[1]
+        )
+        assert state() == "earlier"
+    assert not db.exists()
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("words", [["list"], ["show", "7"], ["check"], ["export"], ["update", "7", "--name", "First"]])
+def test_what_an_earlier_version_left_on_a_server_is_there(earlier_server, words):
+    """It is upgraded, as by any other process of this version."""
+    url, state = earlier_server
+    out, _ = run(*words, "--db", url)
+    assert "tokens: 1 active" in out if words == ["check"] else "First" in out
+    assert state() == "current"

@@ -22,11 +22,13 @@ NOW = 1_800_000_000  # 2027-01-15 08:00:00 UTC
 
 def run(*args, status=0):
     """Runs the command in this process; returns what it prints on standard output and on standard error."""
-    out, err = io.StringIO(), io.StringIO()
+    # As standard output is: a text over bytes.
+    out, err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline=""), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
         main([str(arg) for arg in args])
     assert end.value.code == status, err.getvalue()
-    return out.getvalue(), err.getvalue()
+    out.flush()
+    return out.buffer.getvalue().decode(), err.getvalue()
 
 
 def run_json(*args):

@@ -88,4 +88,4 @@ class QuotaStoreContract(
 
     def test_the_contract_closes_every_method(self) -> None:
         methods = {name for name in dir(QuotaStore) if not name.startswith("_")}
-        assert methods == {*_USES, "close", "health", "today"}
+        assert methods == {*_USES, "close", "health", "tables_state", "today"}

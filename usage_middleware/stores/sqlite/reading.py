@@ -123,6 +123,14 @@ def _decode(text: bytes) -> str:
     return text.decode("utf-8", "surrogateescape")
 
 
+def is_wal(path: str) -> bool:
+    """Return whether a database is in WAL mode, which a file is in for good once it was.
+
+    :raises OSError: the file cannot be read.
+    """
+    return _is_wal(path, os.stat(path))
+
+
 def _frozen_state(path: str) -> object:
     """Return what changes when a database is written that is in WAL mode and that no program has open; ``None`` if it
     is not such a one.
