@@ -45,7 +45,7 @@ class UsageMiddleware:
         as ``"https://app.example"``, or ``()`` for none. All is a safe default: a key travels in a header that a
         page must set itself, never in a cookie.
     :param throttle: how often one client may send a wrong key, in the notation of the package ``limits``
-        (``pip install 'usage-middleware[throttle]'``), such as ``"20 per 20 minutes"``; ``None``: as often as it likes.
+        (``pip install limits``), such as ``"20 per 20 minutes"``; ``None``: as often as it likes.
     :param throttle_storage: where failures are counted: a storage URI of ``limits``. ``memory://`` counts in each
         process by itself, ``redis://host:6379`` and ``memcached://host:11211`` over all of them.
     :raises TypeError, ValueError: an argument cannot be what it is meant to be.
