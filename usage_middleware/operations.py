@@ -92,7 +92,7 @@ class Operation:
 
 
 def bring_up_to_date(account: Account, now: float, *, renewal_id: str) -> tuple[Account, Changes | None]:
-    """Give back what lapsed reservations hold, and begin a new period if one is due.
+    """Begin a new period if one is due, as a read shows it, and release what lapsed reservations hold.
 
     A lapsed reservation stays open: a late settle still charges.
 
@@ -101,23 +101,22 @@ def bring_up_to_date(account: Account, now: float, *, renewal_id: str) -> tuple[
     """
     if not account.lapsed and not is_due(account.token, now):
         return account, None
-    token, operation, model_used = account.token, account.operation, account.model_used
+    token, operation, lapsed, model_used = account.token, account.operation, account.lapsed, account.model_used
     steps = []
-    for lapsed in account.lapsed:
-        given_back = dataclasses.replace(lapsed, held=0, changed_at=now)
-        token = _moved(token, lapsed, given_back)
-        steps.append(Step(lapsed, given_back))
-        if operation is not None and operation.id == lapsed.id:
-            operation = given_back
-        if lapsed.model is not None and lapsed.model == account.model:
-            model_used -= lapsed.held
     if is_due(token, now):
         available = token.total_available
         token = renewed(token, now)
-        check_totals(token)
         steps.append(Step(None, _final(renewal_id, token, "renewal", token.total_available - available, now)))
-        if operation is not None and operation.is_holding:
-            operation = dataclasses.replace(operation, unlimited=False)
+        lapsed = [_of_new_quota(one) for one in lapsed]
+        operation = operation and _of_new_quota(operation)
+    for before in lapsed:
+        released = dataclasses.replace(before, held=0, changed_at=now)
+        token = _moved(token, before, released)
+        steps.append(Step(before, released))
+        if operation is not None and operation.id == before.id:
+            operation = released
+        if before.model is not None and before.model == account.model:
+            model_used -= before.held
     changes = Changes(before=account.token, token=token, steps=tuple(steps))
     return dataclasses.replace(account, token=token, operation=operation, lapsed=(), model_used=model_used), changes
 
@@ -246,6 +245,11 @@ def _moved(token: Token, before: Operation | None, after: Operation) -> Token:
     )
     check_totals(token)
     return token
+
+
+def _of_new_quota(operation: Operation) -> Operation:
+    """Return the operation in a new period: what it holds, if it is open, is part of the new quota."""
+    return dataclasses.replace(operation, unlimited=False) if operation.is_holding else operation
 
 
 def _holdings(operation: Operation) -> tuple[int, int, int]:

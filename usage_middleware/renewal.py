@@ -10,6 +10,7 @@ import dataclasses
 from datetime import datetime, timezone
 from typing import Final
 
+from .checks import MAX_INTEGER
 from .tokens import Token
 
 _DAY: Final = 86_400  # seconds: Unix time has no leap seconds
@@ -35,15 +36,17 @@ def renewed(token: Token, now: float) -> Token:
     """Return the token as it is at ``now``: in a new period, if one has begun.
 
     Debt is not forgiven, and what is left over is not carried over. What open reservations hold is taken from the new
-    quota, as they are not final, so that a release after midnight cannot carry quota over.
+    quota, as they are not final, so that a release after midnight cannot carry quota over. The quota is smaller if a
+    total, or the change of one, would not be a 64-bit integer otherwise.
     """
     if not is_due(token, now):
         return token
     periods = 1 + _period(token.renewal, now) - _period(token.renewal, token.renews_at)
     debt = min(token.total_available + token.held, 0)
+    room = MAX_INTEGER + min(token.total_available, -token.total_used) + token.held
     return dataclasses.replace(
         token,
-        total_available=min(token.renewal_quota, debt + periods * token.renewal_quota) - token.held,
+        total_available=min(token.renewal_quota, debt + periods * token.renewal_quota, room) - token.held,
         renews_at=next_renewal(token.renewal, now),
     )
 
