@@ -64,15 +64,9 @@ def descriptors(connections):
     return 2 * connections + 1
 
 
-class Report:
-    """Prints what was seen, and puts it among the test's properties."""
-
-    def __init__(self, record_property):
-        self._record_property = record_property
-
-    def __call__(self, name, value):
-        print(f"{name}: {value}", flush=True)
-        self._record_property(name, str(value))
+def report(name, value):
+    """Shows what was seen to who runs the evidence: ``pytest --full -s``."""
+    print(f"{name}: {value}", flush=True)
 
 
 # --- One process
@@ -264,10 +258,9 @@ def soaked(store_class, folder, *, requests, rounds):
         return pool.submit(run_soak, store_class, folder, requests, rounds).result()
 
 
-def test_one_process(tmp_path, full, record_property):
+def test_one_process(tmp_path, full):
     size = {"requests": 10_000_000, "rounds": 125} if full else {"requests": 15_360, "rounds": 8}
     samples = soaked(SQLiteTokenStore, tmp_path, **size)
-    report = Report(record_property)
     half = len(samples) // 2
     for moment, index in (("before", 0), ("first round", 1), ("half", half), ("last", -1)):
         report(f"what it held, {moment}", samples[index])
@@ -365,7 +358,7 @@ class Disturbance:
         self.reloads[name] += 1
 
 
-def test_the_workers_of_gunicorn(tmp_path, full, record_property):
+def test_the_workers_of_gunicorn(tmp_path, full):
     seconds, interval, lives = (3600, 10, 1000) if full else (6, 0.4, 50)
     database = tmp_path / "tokens.db"
     with SQLiteTokenStore(database) as store:
@@ -396,7 +389,6 @@ def test_the_workers_of_gunicorn(tmp_path, full, record_property):
                 seen.update(client.result())
             books = operator.result()
         disturbance.look()
-    report = Report(record_property)
     report("answers", seen.answers.total())
     report("answers by status", dict(seen.statuses))
     report("charges", seen.charged.total())
