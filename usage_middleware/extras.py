@@ -8,6 +8,7 @@ from typing import Final
 #: The packages of each extra in ``setup.cfg``. They are named one by one, as a package of the name
 #: ``usage-middleware`` is not published: ``pip install 'usage-middleware[sql]'`` would not find it.
 PACKAGES: Final[Mapping[str, tuple[str, ...]]] = {
+    "metrics": ("prometheus_client",),
     "sql": ("sqlalchemy", "psycopg[binary]", "pymysql[rsa]"),
     "throttle": ("limits",),
 }

@@ -12,6 +12,9 @@ from .usage import DayUsage
 #: The periods after which a quota may renew; the empty text: it does not.
 RENEWALS: Final = ("", "daily", "weekly", "monthly")
 
+#: What :func:`token_state` returns.
+TOKEN_STATES: Final = ("active", "exhausted", "expired", "disabled")
+
 _INTEGER_FIELDS: Final = (
     "total_available",
     "total_used",
@@ -121,6 +124,20 @@ class TokenRecord:
     model_usage: Mapping[str, int] = field(default_factory=dict)
     #: What was used by day and model, each of them once.
     days: Sequence[DayUsage] = ()
+
+
+def token_state(token: Token, now: float) -> str:
+    """Return whether the token's holder can use it, and if not, why: one of :data:`TOKEN_STATES`.
+
+    :param now: Unix time in seconds.
+    """
+    if not token.enabled:
+        return "disabled"
+    if 0 < token.expires_at <= now:
+        return "expired"
+    if token.total_available <= 0 and not token.unlimited_quota:
+        return "exhausted"
+    return "active"
 
 
 def _check_integer(name: str, value: object) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import socket
+import sys
 
 import pytest
 from command import URL, get, run
@@ -40,6 +42,45 @@ def test_a_service_is_charged_without_being_changed(start, db, monkeypatch):
     assert "Traceback" not in text
 
 
+@pytest.mark.servers
+def test_metrics_have_a_port_of_their_own(start, db):
+    key = run("create", "--quota", "10")[0].strip()
+    with serving(answering(b"HTTP/1.1 200 OK\r\n\r\nhello")) as service:
+        process, match, log = start(
+            *("serve", "--port", "0", "--upstream", service.url, "--metrics-port", "0"),
+            ready=rf"Metrics at {URL}/metrics\nServing {URL}",
+        )
+        metrics, url = match.groups()
+        assert get(url, "/work", Authorization=f"Bearer {key}")[0] == 200
+        assert get(url, "/work")[0] == 401
+        assert get(url, "/metrics")[0] == 401  # the service's, and metered
+        text = get(metrics, "/metrics")[2].decode()
+    assert 'usage_requests_total{outcome="completed"} 1.0' in text
+    assert 'usage_refusals_total{reason="no_key"} 2.0' in text
+    assert 'usage_tokens{state="active"} 1.0' in text
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0
+    assert "Traceback" not in log.read_text()
+    assert "ResourceWarning" not in log.read_text()
+
+
+def test_a_port_of_metrics_that_is_taken(db):
+    run("create")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        _, err = run("serve", "--port", 0, "--metrics-port", taken.getsockname()[1], status=2)
+    assert err.startswith("Error: cannot listen on 127.0.0.1 port")
+    assert "--metrics-port" in err
+    assert err.count("\n") == 1
+
+
+def test_serve_names_the_package_that_metrics_need(db, monkeypatch):
+    run("create")
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    monkeypatch.delitem(sys.modules, "usage_middleware.wsgi.metrics", raising=False)
+    _, err = run("serve", "--metrics-port", 0, status=2)
+    assert err == "Error: metrics need the package prometheus_client: pip install prometheus_client\n"
+
+
 def test_what_is_wrong_with_the_options_is_one_line(db):
     run("create")
     _, err = run("serve", "--upstream", "http://127.0.0.1:1", "--llm", status=2)
@@ -48,5 +89,6 @@ def test_what_is_wrong_with_the_options_is_one_line(db):
 
 def test_a_database_of_new_api_cannot_be_charged(tmp_path):
     Gateway("sqlite", f"sqlite:///{tmp_path / 'one-api.db'}").add_users()
-    _, err = run("serve", "--db", tmp_path / "one-api.db", "--upstream", "http://127.0.0.1:1", status=2)
-    assert "only read" in err
+    for option in (("--upstream", "http://127.0.0.1:1"), ("--metrics-port", "0")):
+        _, err = run("serve", "--db", tmp_path / "one-api.db", *option, status=2)
+        assert "this is a database of new-api" in err

@@ -155,9 +155,21 @@ def test_new_api_and_the_page(store):
         assert b"<html" in ask(application(f"{upstream} --page /usage"), "/usage", key=None).body
 
 
+def test_metrics_at_a_path(store):
+    with serving(answering(response())) as service:
+        app = application(f"--upstream {service.url} --cost 3 --metrics-path /internal/metrics")
+        assert ask(app).status == 200
+        assert ask(app, key=None).status == 401
+        text = ask(app, "/internal/metrics", key=None).body.decode()
+    assert 'usage_units_total{model=""} 3.0' in text
+    assert 'usage_refusals_total{reason="no_key"} 1.0' in text
+    assert 'usage_tokens{state="active"} 1.0' in text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ("--metrics-path metrics", "--metrics-path must begin"),
         ("--upstream ftp://x", "--upstream cannot be used: url must"),
         ("--upstream http://x --app a:b", "--app and --upstream exclude each other"),
         ("--upstream http://x --cost 1 --llm", "--cost and --llm exclude each other"),

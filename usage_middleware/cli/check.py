@@ -13,7 +13,7 @@ import click
 from ..operations import Operation
 from ..stores.base import QuotaStore
 from ..stores.findings import Finding, ok, warning
-from . import formats
+from ..tokens import TOKEN_STATES, token_state
 from .arguments import json_option
 from .db_option import Opened, database_option, open_to_check
 from .printing import echo, print_json_array
@@ -63,8 +63,8 @@ def _findings(opened: Opened, now: float) -> Iterator[Finding]:
 
 
 def _tokens(store: QuotaStore, now: float) -> Iterator[Finding]:
-    states = Counter(formats.token_state(token, now) for token in store.tokens())
-    counts = ", ".join(f"{states[state]:,} {state}" for state in formats.TOKEN_STATES if states[state])
+    states = Counter(token_state(token, now) for token in store.tokens())
+    counts = ", ".join(f"{states[state]:,} {state}" for state in TOKEN_STATES if states[state])
     yield ok(f"tokens: {counts or 'none'}")
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 
 from ..keys import KEY_PREFIX
 from ..operations import Operation
-from ..tokens import Token
+from ..tokens import Token, token_state
 from .tables import bar, pad, printable, table, width
 from .times import format_time
 
@@ -17,23 +17,11 @@ from .times import format_time
 # with nothing behind it but a quotation mark is this package's own text.
 _KEY: Final = re.compile(rf"(?<![A-Za-z]){KEY_PREFIX}(?=[!-~]*[0-9A-Za-z])[!-~]+")
 
-TOKEN_STATES: Final = ("active", "exhausted", "expired", "disabled")
 OPERATION_STATES: Final = ("open", "lapsed", "final")
 
 _TOKEN_HEADINGS: Final = ("ID", "KEY", "STATE", "AVAILABLE", "USED", "GRANTED", "EXPIRES", "NAME")
 _OPERATION_HEADINGS: Final = ("WHEN", "KIND", "AMOUNT", "HELD", "NOTE", "MODEL", "OPERATION")
 _RIGHT: Final = frozenset(("ID", "AVAILABLE", "USED", "GRANTED", "AMOUNT", "HELD"))
-
-
-def token_state(token: Token, now: float) -> str:
-    """Return whether the token's holder can use it, and if not, why: one of :data:`TOKEN_STATES`."""
-    if not token.enabled:
-        return "disabled"
-    if 0 < token.expires_at <= now:
-        return "expired"
-    if token.total_available <= 0 and not token.unlimited_quota:
-        return "exhausted"
-    return "active"
 
 
 def operation_state(operation: Operation, now: float) -> Literal["open", "lapsed", "final"]:

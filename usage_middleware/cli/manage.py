@@ -14,7 +14,7 @@ import click
 from ..errors import TokenNotFound
 from ..keys import check_key, key_hint, strip_prefix
 from ..stores.base import QuotaStore
-from ..tokens import RENEWALS, Token
+from ..tokens import RENEWALS, TOKEN_STATES, Token, token_state
 from . import formats
 from .arguments import (
     SOME_UNITS,
@@ -134,7 +134,7 @@ def _checked(key: str) -> str:
 
 @click.command("list")
 @database_option
-@click.option("--state", type=click.Choice(formats.TOKEN_STATES), help="Only tokens in this state.")
+@click.option("--state", type=click.Choice(TOKEN_STATES), help="Only tokens in this state.")
 @click.option("--name", help="Only tokens whose name has this text in it; case does not matter.")
 @time_option("--since", "Only tokens that were made then or later: 90d, 2027-01-01, …")
 @time_option("--until", "Only tokens that were made before.")
@@ -152,7 +152,7 @@ def list_tokens(
     def wanted(tokens: Iterator[Token]) -> Iterator[Token]:
         for token in tokens:
             if (
-                (state is None or formats.token_state(token, now) == state)
+                (state is None or token_state(token, now) == state)
                 and (name is None or name.casefold() in token.name.casefold())
                 and (since is None or token.created_at >= since)
                 and (until is None or token.created_at < until)

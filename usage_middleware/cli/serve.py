@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ..service.building import build
+from ..service.building import build, make_metrics
 from ..service.options import ServiceOptions, service_options
 from ..stores.base import QuotaStore
-from ..wsgi.middleware import UsageMiddleware
 from . import server
 from .db_option import database_option, open_token_store
 from .printing import say
 from .stopping import Stop, stop_in_order
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication
+
+    from ..wsgi.metrics import Metrics
 
 _PORT: Final = 8000
 
@@ -29,7 +34,10 @@ port_option = click.option(
 @host_option
 @port_option
 @service_options
-def serve(host: str, port: int, **values: Any) -> None:
+@click.option(
+    "--metrics-port", type=click.IntRange(0, 65535), help="A port of its own for Prometheus; see also --metrics-path."
+)
+def serve(host: str, port: int, metrics_port: int | None, **values: Any) -> None:
     """Serve the endpoint, alone or in front of an application or an HTTP service, and charge for requests to these.
 
     Alone, it also answers new-api's other endpoints: without them, some clients show nothing.
@@ -47,17 +55,42 @@ def serve(host: str, port: int, **values: Any) -> None:
     """
     options = ServiceOptions(**values)
     with stop_in_order() as stop, open_token_store() as store:
-        application = build(store, options)
+        metrics = None if metrics_port is None else make_metrics(store)
+        application = build(store, options, metrics)
         store.get("-")  # a database that cannot be used is reported now, not to the first client
         if not isinstance(store, QuotaStore):
             say("This is a database of new-api: it is served as it is, and not written to.")
-        listen(application, host, port, lambda url: say(f"Serving {url}{options.path} (Ctrl-C stops it)"), stop)
+        with _exposed(metrics, host, metrics_port):
+            listen(application, host, port, lambda url: say(f"Serving {url}{options.path} (Ctrl-C stops it)"), stop)
 
 
-def listen(middleware: UsageMiddleware, host: str, port: int, ready: Callable[[str], None], stop: Stop) -> None:
+@contextmanager
+def _exposed(metrics: Metrics | None, host: str, port: int | None) -> Iterator[None]:
+    """Answer Prometheus at a port, in a thread, within the context."""
+    if metrics is None or port is None:
+        yield
+        return
+    from prometheus_client import start_http_server
+
+    try:
+        exposing, thread = start_http_server(port, addr=host, registry=metrics.exposed())
+    except OSError as error:
+        raise click.UsageError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}; choose another with --metrics-port"
+        ) from None
+    say(f"Metrics at http://{f'[{host}]' if ':' in host else host}:{exposing.server_port}/metrics")
+    try:
+        yield
+    finally:
+        exposing.shutdown()
+        exposing.server_close()
+        thread.join()
+
+
+def listen(application: WSGIApplication, host: str, port: int, ready: Callable[[str], None], stop: Stop) -> None:
     """Serve until ``stop`` is requested. If the address cannot be had, that becomes one line."""
     try:
-        server.serve(middleware, host, port, ready, stop)
+        server.serve(application, host, port, ready, stop)
     except server.CannotListen as error:
         raise click.UsageError(
             f"cannot listen on {host} port {port}: {error}; choose another with --port or --host"

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
+
 from ..stores.base import QuotaStore
 from ..wsgi.authentication import bearer_key, llm_key
 from ..wsgi.endpoints.new_api import NewAPI
@@ -23,16 +25,19 @@ from .options import ServiceOptions
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
+    from ..wsgi.metrics import Metrics
+
 _VARIABLE: Final = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _OF_UPSTREAM: Final = ("upstream_headers", "upstream_timeout", "keep_key")
 _COSTS: Final = ("cost", "cost_header", "llm")
 _OF_NEW_API: Final = ("quota_per_unit", "display", "system_name")
 
 
-def build(store: Any, options: ServiceOptions) -> UsageMiddleware:
+def build(store: Any, options: ServiceOptions, metrics: Metrics | None = None) -> WSGIApplication:
     """Return the endpoint, in front of the meter if requests are charged, in front of what is behind both.
 
     :param store: what the options' database is opened as. Nothing is asked of it.
+    :param metrics: what counts requests; left out, it is made if the options ask for it.
     :raises ValueError: the options do not go together, or one cannot be used; the message names it.
     :raises ImportError: a package that an option needs is not installed.
     """
@@ -46,17 +51,39 @@ def build(store: Any, options: ServiceOptions) -> UsageMiddleware:
     with_new_api = options.with_new_api
     if with_new_api is None:
         with_new_api = options.application is None and options.upstream is None
-    return UsageMiddleware(
-        _metered(store, options, of_refusals),
+    if metrics is None and options.metrics_path is not None:
+        metrics = make_metrics(store)
+    middleware = UsageMiddleware(
+        _metered(store, options, of_refusals, metrics),
         store,
         path=options.path,
         page=options.page,
         new_api=NewAPI(**_given(options, _OF_NEW_API)) if with_new_api else None,
         **of_refusals,
     )
+    if metrics is None or options.metrics_path is None:
+        return middleware
+    return DispatcherMiddleware(middleware, {options.metrics_path.rstrip("/"): metrics.app})
 
 
-def _metered(store: Any, options: ServiceOptions, of_refusals: dict[str, Any]) -> WSGIApplication:
+def make_metrics(store: Any) -> Metrics:
+    """Return the metrics of a service, in a registry of their own.
+
+    :raises ValueError: there are none of such a store.
+    :raises ImportError: the package that they need is not installed.
+    """
+    from ..wsgi.metrics import Metrics
+
+    if not isinstance(store, QuotaStore):
+        raise ValueError("this is a database of new-api, of which there are no metrics")
+    from prometheus_client import CollectorRegistry
+
+    return Metrics(store, registry=CollectorRegistry())
+
+
+def _metered(
+    store: Any, options: ServiceOptions, of_refusals: dict[str, Any], metrics: Metrics | None
+) -> WSGIApplication:
     """Return what is behind the endpoint, with the meter in front of it if requests are charged."""
     if options.upstream is not None:
         wrapped: WSGIApplication = _proxy(options.upstream, options)
@@ -77,6 +104,8 @@ def _metered(store: Any, options: ServiceOptions, of_refusals: dict[str, Any]) -
         key=llm_key if options.llm else bearer_key,
         # The service has no use for a key of ours. An application of the same process has it either way.
         forward_key=options.keep_key or options.upstream is None,
+        on_settled=None if metrics is None else metrics.on_settled,
+        on_refused=None if metrics is None else metrics.on_refused,
         **of_refusals,
     )
 
@@ -141,6 +170,8 @@ def _check(options: ServiceOptions) -> None:
     _need(options, ("reserve",), options.llm or options.cost_header is not None, "--cost-header or --llm")
     _need(options, ("input_price", "output_price"), options.llm, "--llm")
     _need(options, ("exempt",), _is_metered(options), "--upstream or a cost")
+    if options.metrics_path is not None and not options.metrics_path.startswith("/"):
+        raise ValueError(f"--metrics-path must begin with '/', such as /metrics, got {options.metrics_path!r}")
     _need(options, ("throttle_storage",), options.throttle is not None, "a --throttle")
     is_alone = options.application is None and options.upstream is None
     _need(options, _OF_NEW_API, is_alone if options.with_new_api is None else options.with_new_api, "--new-api")

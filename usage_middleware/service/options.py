@@ -32,6 +32,7 @@ class ServiceOptions:
     input_price: int | Fraction | None = None
     output_price: int | Fraction | None = None
     exempt: tuple[str, ...] = ()
+    metrics_path: str | None = None
     path: str = _PATH
     page: str | None = None
     origins: tuple[str, ...] = ()
@@ -95,6 +96,11 @@ _METER: Final = (
     ),
     click.option(
         "--exempt", metavar="PREFIX", multiple=True, help="Paths that are free, such as /static/. Repeatable."
+    ),
+    click.option(
+        "--metrics-path",
+        metavar="PATH",
+        help="Where Prometheus finds metrics, such as /metrics. Needs no key: keep it from the internet.",
     ),
 )
 _ENDPOINT: Final = (

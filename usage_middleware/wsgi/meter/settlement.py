@@ -51,6 +51,8 @@ class Settlement:
     seconds: float
     #: Whether the store has taken it. If not, it is tried again with later requests.
     settled: bool
+    #: How long the meter itself took, the reading of the request's body included if it had to be read.
+    added: float = 0.0
 
 
 @dataclass(slots=True)
@@ -121,24 +123,27 @@ class Reservation(NamedTuple):
     """The reservation of one request.
 
     :param begun: when the request began, by :func:`time.perf_counter`.
+    :param admitted: when it was let through.
     """
 
     settler: Settler
     operation: Operation
     begun: float
+    admitted: float
 
     def settle(self, usage: Usage, basis: Basis, outcome: Outcome, status: int | None) -> None:
         """Settle it now."""
-        self.settler.settle(_Charge(self.operation, self.begun, usage, basis, outcome, status))
+        self.settler.settle(_Charge(self.operation, self.begun, self.admitted, usage, basis, outcome, status))
 
     def settle_later(self, usage: Usage, basis: Basis, outcome: Outcome, status: int | None) -> None:
         """Settle it with a later request. This takes no lock, so it can be called at any moment."""
-        self.settler.settle_later(_Charge(self.operation, self.begun, usage, basis, outcome, status))
+        self.settler.settle_later(_Charge(self.operation, self.begun, self.admitted, usage, basis, outcome, status))
 
 
 class _Charge(NamedTuple):
     operation: Operation
     begun: float
+    admitted: float
     usage: Usage
     basis: Basis
     outcome: Outcome
@@ -178,6 +183,7 @@ class Settler:
         self._queue().untried.append(charge)
 
     def _settle(self, charge: _Charge) -> bool:
+        asked_at = time.perf_counter()
         error = self._failure(charge)
         if error is not None:
             if _is_final(error):
@@ -186,7 +192,7 @@ class Settler:
                 _report(charge, f"{_described(error)}. It is tried again with later requests")
                 self._queue().add(charge)
         if self._on_settled is not None:
-            self._tell(self._on_settled, charge, settled=error is None)
+            self._tell(self._on_settled, charge, asked_at, settled=error is None)
         return error is None
 
     def _retry(self, queue: _Queue) -> bool:
@@ -222,8 +228,9 @@ class Settler:
         return self._queues.get(os.getpid()) or self._queues.setdefault(os.getpid(), _Queue())
 
     @staticmethod
-    def _tell(on_settled: Callable[[Settlement], None], charge: _Charge, *, settled: bool) -> None:
-        operation, begun, usage, basis, outcome, status = charge
+    def _tell(on_settled: Callable[[Settlement], None], charge: _Charge, asked_at: float, *, settled: bool) -> None:
+        operation, begun, admitted, usage, basis, outcome, status = charge
+        now = time.perf_counter()
         settlement = Settlement(
             operation_id=operation.id,
             token_id=operation.token_id,
@@ -235,8 +242,9 @@ class Settler:
             basis=basis,
             outcome=outcome,
             status=status,
-            seconds=time.perf_counter() - begun,
+            seconds=now - begun,
             settled=settled,
+            added=admitted - begun + now - asked_at,
         )
         try:
             on_settled(settlement)

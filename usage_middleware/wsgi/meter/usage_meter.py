@@ -10,6 +10,7 @@ what it came to. That is not a rate limiter or a billing system, and it does not
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
@@ -35,6 +36,8 @@ from .streams import narrowed_encoding
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+logger = logging.getLogger("usage_middleware")
 
 _Answer = TypeVar("_Answer")
 
@@ -63,6 +66,8 @@ class UsageMeter:
     :param fail_open: let requests through without charging them while the store fails. By default they get a 503.
     :param allow_origins, throttle, throttle_storage: as :class:`UsageMiddleware` takes them; for refusals alone.
     :param on_settled: called with a :class:`Settlement` after each metered request.
+    :param on_refused: called with the reason of each refusal: ``no_key``, ``malformed``, ``unknown``, ``expired``,
+        ``throttled``, ``model_not_allowed``, ``exhausted``, ``held``, ``unavailable`` or ``invalid_request``.
     :raises TypeError, ValueError: an argument cannot be what it is meant to be.
     :raises ImportError: there is a ``throttle``, and ``limits`` is not installed.
 
@@ -93,6 +98,7 @@ class UsageMeter:
         throttle: str | None = None,
         throttle_storage: str = "memory://",
         on_settled: Callable[[Settlement], None] | None = None,
+        on_refused: Callable[[str], None] | None = None,
     ) -> None:
         if not callable(app):
             raise TypeError(f"app must be a WSGI application, got {type(app).__name__}")
@@ -106,6 +112,8 @@ class UsageMeter:
             raise ValueError(f"exhausted_status must be 402, 403 or 429, got {exhausted_status!r}")
         if on_settled is not None and not callable(on_settled):
             raise TypeError(f"on_settled must be a function of a Settlement, got {type(on_settled).__name__}")
+        if on_refused is not None and not callable(on_refused):
+            raise TypeError(f"on_refused must be a function of a reason, got {type(on_refused).__name__}")
         check_seconds("expires_in", expires_in)
         self.app = app
         self.store = store
@@ -122,6 +130,7 @@ class UsageMeter:
             store, key=key, throttle=None if throttle is None else Throttle(throttle, throttle_storage)
         )
         self._settler = Settler(store, on_settled)
+        self._on_refused = on_refused
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         method = environ["REQUEST_METHOD"]
@@ -143,7 +152,7 @@ class UsageMeter:
         answer = MeteredAnswer(
             start_response,
             cost,
-            None if operation is None else Reservation(self._settler, operation, begun),
+            None if operation is None else Reservation(self._settler, operation, begun, time.perf_counter()),
             abandoned=self._abandoned,
             is_head=method == "HEAD",
         )
@@ -208,6 +217,11 @@ class UsageMeter:
             raise Refused(EXHAUSTED) from None
 
     def _refuse(self, refused: Refused, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if self._on_refused is not None:
+            try:
+                self._on_refused("invalid_request" if refused.kind.isdecimal() else refused.kind.replace(" ", "_"))
+            except Exception:
+                logger.exception("on_refused failed")
         status, headers, body = self._responses.of(environ).refusal(refused)
         start_response(status, list(headers))
         return [body] if environ["REQUEST_METHOD"] != "HEAD" else []
