@@ -1,52 +1,25 @@
 """The usage endpoint in front of a legacy HTTP service, whatever language that is written in.
 
-    pip install usage-middleware
     python examples/legacy_proxy.py [PORT]
 
-Then run the curl command that it prints. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names, or tokens.db.
-The program starts a small legacy service for the demonstration, and passes every other path on to it.
+Then run the curl command that it prints. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names, or in tokens.db.
+The program starts a small legacy service for the demonstration, and passes every other path on to it. Nothing is
+charged; meter_legacy_service.py does that too.
 
-werkzeug's proxy is meant for development and small services. Where a web server such as nginx stands in front
-already, let it send /api/usage/token to `usage-middleware serve` and everything else to the legacy service.
+If a web server such as nginx stands in front already, let it send /api/usage/token to `usage-middleware serve` and
+everything else to the legacy service.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
-from typing import TYPE_CHECKING
-from urllib.parse import quote
 
-from werkzeug.exceptions import LengthRequired, NotFound
-from werkzeug.middleware.http_proxy import ProxyMiddleware
 from werkzeug.serving import run_simple
 
-from usage_middleware import SQLiteTokenStore, UsageMiddleware
-
-if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIEnvironment
-
-
-class Proxy(ProxyMiddleware):
-    """Passes every request on to the HTTP service at `url`.
-
-    ProxyMiddleware by itself takes prefixes of paths, and "/" is none: it makes "//" of it.
-    """
-
-    def __init__(self, url: str) -> None:
-        super().__init__(NotFound(), {})
-        self.options = {"target": url, "remove_prefix": False, "headers": {}, "ssl_context": None}
-
-    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        if "HTTP_TRANSFER_ENCODING" in environ:  # the body would be passed on without its length
-            return LengthRequired()(environ, start_response)
-        # As the client wrote it: PATH_INFO has the bytes behind the escapes (PEP 3333, "Unicode Issues").
-        path = quote(environ["PATH_INFO"], safe="!$&'()*+,/:;=@", encoding="latin-1")
-        options = {**self.options, "host": environ.get("HTTP_HOST", environ["SERVER_NAME"])}
-        return self.proxy_to(options, path, "/")(environ, start_response)
+from usage_middleware import Proxy, SQLiteTokenStore, UsageMiddleware
 
 
 class LegacyService(BaseHTTPRequestHandler):
