@@ -39,6 +39,14 @@ PROXIES = [
     "a bare WSGI function, on gunicorn, no service",
     "the service itself",
 ]
+EVENTS = [
+    "OpenAI's, without usage",
+    "OpenAI's, asked for their usage",
+    "OpenAI's, and the usage is taken out",
+    "OpenAI's, each in two chunks",
+    "OpenAI's, each in two chunks, and the usage is taken out",
+    "Anthropic's",
+]
 TOKENS = ["1,000 tokens", "2,000 tokens"]
 SIZE = {
     "--rounds": 1,
@@ -80,6 +88,8 @@ TABLES = [
         ["a third of the store's timeout", "SQLiteTokenStore.charge, the slowest"],
         {"SQLiteTokenStore.charge, the slowest": 1.0},
     ),
+    *[(["reserve and settle by hand", "UsageMeter"], {"UsageMeter": 1.2})] * 2,
+    (["5 microseconds", *EVENTS], dict.fromkeys(EVENTS, 1.0)),
     *[
         *[(["by hand: one look-up", "SQLAlchemyTokenStore.get", "UsageMiddleware, SQLAlchemyTokenStore"], {})] * 2,
         *[(["by hand", "SQLAlchemyTokenStore.charge"], {})] * 2,

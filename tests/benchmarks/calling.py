@@ -66,7 +66,7 @@ _SCOPE = {
 }
 
 # What a server does: it sends what it is given, and closes it.
-_SERVE = """\
+SERVE = """\
 body = app(item, start_response)
 for chunk in body:
     pass
@@ -108,7 +108,7 @@ def usage_request(name: str, app: Any, make_key: Callable[[], str], **settings: 
     def make_environ() -> dict[str, Any]:
         return usage_environ(make_key())
 
-    return Contender(name, _SERVE, make_environ, app=app, start_response=start_response, **settings)
+    return Contender(name, SERVE, make_environ, app=app, start_response=start_response, **settings)
 
 
 def asgi_usage_request(name: str, app: Any, run: Any, make_key: Callable[[], str], **settings: Any) -> Contender:

@@ -25,6 +25,7 @@ from charging import durable_charge, slowest_charge
 from comparing import Contender, Result, compare
 from database_servers import store_on_servers
 from importing import import_of_a_file
+from metered import metered_events, metered_request
 from peers import BARE_FLASK, DJANGO, FASTAPI, FASTAPI_ASYNC, FLASK, FLASK_SQLALCHEMY, OURS, hand_written, present
 from proxying import through_proxies
 from scaling import by_number_of_threads, by_number_of_tokens
@@ -173,6 +174,10 @@ PARTS: dict[str, tuple[Callable[[Options], Iterator[Result]], ...]] = {
     "charges": (
         lambda options: durable_charge(options.rounds),
         lambda options: slowest_charge(options.writers, options.charges),
+    ),
+    "metered": (
+        lambda options: metered_request(options.rounds),
+        lambda options: metered_events(options.rounds),
     ),
     "servers": (lambda options: store_on_servers(options.tokens, options.long_rounds),),
     "import": (lambda options: import_of_a_file(options.import_tokens),),

@@ -440,3 +440,16 @@ def test_what_the_application_states_is_checked(metered, units):
     with pytest.raises((TypeError, ValueError), match="must be"):
         metered.serve().finish()
     assert metered.settled() == (0, "free", "failed")
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, Greenlet])
+def test_an_exception_is_settled_when_it_passes(metered, error):
+    """A server may close the answer much later, or never."""
+    metered = metered(host([b"a", error()]))
+    served = metered.serve()
+    served.next()
+    with pytest.raises(error):
+        served.next()
+    assert metered.settled() == (0, "free", "failed")
+    served.close()
+    assert len(metered.settlements) == 1

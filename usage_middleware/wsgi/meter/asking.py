@@ -59,15 +59,15 @@ class UsageFilter:
 
     def pass_on(self, data: bytes) -> bytes:
         """Read a chunk, and return what can be passed on by now."""
-        stream, held = self._stream, self._held
-        if not held and stream.can_skip(data):
+        stream, figures, held = self._stream, self._figures, self._held
+        if not held and stream.skip(data):
             return data
         out = bytearray()
         for line in data.splitlines(keepends=True):
             held += line
-            extra = self._figures.extra_events
-            stream.feed(line)
-            if self._figures.extra_events > extra and not self._is_passed_on:
+            extra = figures.extra_events
+            stream.read(line)
+            if figures.extra_events > extra and not self._is_passed_on:
                 held.clear()
             elif stream.is_between_events or self._is_passed_on or len(held) > _MOST_HELD:
                 self._is_passed_on = not stream.is_between_events

@@ -119,17 +119,18 @@ class PerRequest:
 
     def __init__(self, units: int) -> None:
         check_amount(units)
-        self._usage = Usage(units)
+        self._units = units
+        self._reader = FixedReader(Usage(units))
 
     def most(self, environ: WSGIEnvironment, /) -> int:
         """Return the fixed amount."""
-        return self._usage.units
+        return self._units
 
     least = most
 
     def reader(self, status: int, headers: Headers, /) -> CostReader:
         """Return a reader that knows the amount."""
-        return FixedReader(self._usage)
+        return self._reader
 
 
 class FromHeader:

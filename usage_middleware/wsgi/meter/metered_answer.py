@@ -200,17 +200,11 @@ class MeteredAnswer:
         is_stated = reader.complete
         is_known = is_stated or isinstance(reader, FixedReader)
         self._head = Head(status, has_body, reader, reader.result(ended=True) if is_known else None, is_stated)
-        self._left = None
-        self._is_json = False
-        for name, value in headers:
-            folded = name.lower()
-            if folded == "content-length" and has_body and value.isdecimal():
-                self._left = int(value)
-            elif folded == "content-type":
-                self._is_json = value.partition(";")[0].rstrip(" \t").lower().endswith("json")
-        self._change = getattr(reader, "pass_on", None)
-        self._rest = getattr(reader, "rest", None)
         self._feed = None if is_known or status >= 400 or not has_body else reader.feed
+        self._left = _content_length(headers) if has_body else None
+        self._is_json = self._feed is not None and _is_json(headers)
+        self._change = None if is_known else getattr(reader, "pass_on", None)
+        self._rest = None if is_known else getattr(reader, "rest", None)
 
     def _pass(self, data: bytes) -> bytes:
         """Read a chunk, settle if it is the last one, and return what is handed on."""
@@ -242,6 +236,8 @@ class MeteredAnswer:
         rest = b""
         if self._rest is not None:
             rest = self._rest()
+        if self._is_settled:
+            return rest
         if self._head is None or (self._left is not None and self._left > 0):
             # The client waits for more: the server breaks the connection.
             self.fail()
@@ -294,3 +290,18 @@ class MeteredAnswer:
         except Exception as error:
             logger.info("an answer whose client had left failed: %s", type(error).__qualname__)
         return False
+
+
+def _content_length(headers: Headers) -> int | None:
+    for name, value in headers:
+        # Lengths are compared first, because they are faster to compare.
+        if len(name) == 14 and name.lower() == "content-length" and value.isdecimal():
+            return int(value)
+    return None
+
+
+def _is_json(headers: Headers) -> bool:
+    for name, value in headers:
+        if name.lower() == "content-type":
+            return value.partition(";")[0].rstrip(" \t").lower().endswith("json")
+    return False

@@ -164,7 +164,7 @@ class Settler:
 
     def settle(self, charge: _Charge) -> None:
         """Settle a reservation. If the store takes it, try those again that it failed to take."""
-        if not self._settle(charge):
+        if not self._settle(charge) or not self._queues:
             return
         queue = self._queues.get(os.getpid())
         if queue is None or not queue.retrying.acquire(blocking=False):

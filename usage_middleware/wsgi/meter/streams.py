@@ -92,20 +92,31 @@ class EventStream:
         """Whether nothing of an event whose end has not come was fed."""
         return not (self._line or self._size or self._kind or self._line_is_unread)
 
-    def can_skip(self, data: bytes) -> bool:
-        """Return whether a chunk is made of whole events that say nothing of the usage, as most are."""
-        return (
-            data.endswith((b"\n\n", b"\r\n\r\n"))
-            and not (self._line or self._size or self._kind or self._line_is_unread)
-            and not may_matter(data)
-            and not (b"error" in data and (b"event: error" in data or b"event:error" in data))
-        )
+    def skip(self, data: bytes) -> bool:
+        """Pass over a chunk that is made of whole events which say nothing of the usage, and return whether it is so.
+
+        Most chunks are.
+        """
+        if (
+            not data.endswith((b"\n\n", b"\r\n\r\n"))
+            or self._line
+            or self._size
+            or self._kind
+            or self._line_is_unread
+            or may_matter(data)
+            or (b"error" in data and (b"event: error" in data or b"event:error" in data))
+        ):
+            return False
+        self._after_cr = self._at_begin = False
+        return True
 
     def feed(self, data: bytes) -> None:
         """Read the next chunk of the stream."""
-        if self.can_skip(data):
-            self._after_cr = self._at_begin = False
-            return
+        if not self.skip(data):
+            self.read(data)
+
+    def read(self, data: bytes) -> None:
+        """Read the next chunk line by line, whatever is in it."""
         if self._after_cr and data[:1] == b"\n":
             data = data[1:]
             self._after_cr = False

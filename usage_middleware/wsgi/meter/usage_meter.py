@@ -180,7 +180,8 @@ class UsageMeter:
         cost: Cost = self._cost if prepare is None else prepare(environ)
         model = _checked_name(self._model(environ) if callable(self._model) else self._model)
         most, least = cost.most(environ), cost.least(environ)
-        check_bounds(most, least)
+        if type(most) is not int or type(least) is not int or not 0 <= least <= most:
+            check_bounds(most, least)
         operation = None
         if token is not None:
             environ["usage_middleware.token"] = token
