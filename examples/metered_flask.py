@@ -1,22 +1,30 @@
 """A Flask view that charges its caller's key: it reserves before the work, and settles what the work came to.
 
-    pip install usage-middleware flask
     python examples/metered_flask.py [PORT]
 
-Then run the curl commands that it prints. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names, or tokens.db.
+Then run the curl commands that it prints. It needs Flask. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names,
+or in tokens.db.
 
-The client's X-Request-Id names the operation. A client that lost an answer sends the request again with the same id,
-gets the answer, and is charged once.
+A client that sends an Idempotency-Key is never charged twice for it. If it sends one again, the request is refused: the
+work is not done a second time for nothing. An application that can keep its answers gives the first one again; see
+idempotent_flask.py.
 """
 
 import os
 import sys
-import uuid
 
-from flask import Flask, request
-from werkzeug.exceptions import BadRequest, Conflict, Unauthorized
+from flask import Flask, Response, jsonify, request
 
-from usage_middleware import OperationConflict, QuotaError, QuotaExceeded, SQLiteTokenStore, UsageMiddleware, bearer_key
+from usage_middleware import (
+    ModelNotAllowed,
+    OperationConflict,
+    QuotaError,
+    QuotaExceeded,
+    SQLiteTokenStore,
+    StoreError,
+    UsageMiddleware,
+    bearer_key,
+)
 
 MODEL = "shout-1"
 MOST_CHARACTERS = 1000  # what one request may cost at most: a quota unit for each character
@@ -28,33 +36,51 @@ app.wsgi_app = UsageMiddleware(app.wsgi_app, store)  # type: ignore[method-assig
 
 
 @app.post("/shout")
-def shout() -> str:
+def shout() -> Response | str:
     key = bearer_key(request.environ)
-    token = store.get(key) if key else None
-    if key is None or token is None:
-        raise Unauthorized
-    # Ids are unique in the store, and two callers may choose the same: the token's id keeps them apart.
-    request_id = request.headers.get("X-Request-Id") or uuid.uuid4().hex
-    if len(request_id) > 200:
-        raise BadRequest("X-Request-Id is too long")
-    operation_id = store.reserve(key, MOST_CHARACTERS, model=MODEL, idempotency_key=f"{token.id}:{request_id}")
+    if key is None:
+        return refusal(401, "send your key in the header Authorization: Bearer")
+    name = request.headers.get("Idempotency-Key") or None
+    if name is not None and len(name) > 255:
+        return refusal(400, "an Idempotency-Key has at most 255 characters")
+    operation = store.reserve(key, MOST_CHARACTERS, model=MODEL, idempotency_key=name)
+    if operation.replayed:
+        return refusal(409, "this Idempotency-Key was used before")
 
     cost = 0
     try:
         answer = request.get_data(as_text=True)[:MOST_CHARACTERS].upper()  # the work
         cost = len(answer)
     finally:
-        store.settle(operation_id, cost)  # nothing, where the work failed
+        store.settle(operation, cost)  # 0 if the work failed: the caller does not pay for that
     return answer
 
 
 @app.errorhandler(QuotaError)
-def refused(error: QuotaError) -> tuple[dict[str, str], int]:
+def refused(error: QuotaError) -> Response:
     if isinstance(error, QuotaExceeded):
-        return {"error": "the quota is used up"}, 402
+        return refusal(402, f"{error.requested} quota units are needed, {error.available} are left")
+    if isinstance(error, ModelNotAllowed):
+        return refusal(403, f"this key may not use {error.model}")
     if isinstance(error, OperationConflict):
-        return {"error": "this X-Request-Id was used for another request"}, Conflict.code
-    return {"error": str(error)}, 403  # disabled, expired, or not for this model
+        return refusal(409, "this Idempotency-Key was used for another request")
+    return refusal(401, "this key cannot be used")  # unknown, disabled or expired
+
+
+@app.errorhandler(StoreError)
+def store_failed(error: StoreError) -> Response:
+    app.logger.error("%s", error)
+    response = refusal(503, "the service cannot check keys at the moment")
+    response.headers["Retry-After"] = "5"
+    return response
+
+
+def refusal(status: int, message: str) -> Response:
+    response = jsonify(error=message)
+    response.status_code = status
+    if status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The example that charges: what its caller is answered, and what that leaves of the quota."""
+"""The examples that charge: what their callers are answered, and what that leaves of the quota."""
 
 import importlib
 import sys
@@ -10,25 +10,29 @@ from places import EXAMPLES
 PATH = "/api/usage/token"
 
 
-@pytest.fixture
-def example(tmp_path, monkeypatch):
+@pytest.fixture(params=["metered_flask", "idempotent_flask"])
+def example(request, tmp_path, monkeypatch):
     monkeypatch.setenv("USAGE_MIDDLEWARE_DB", str(tmp_path / "tokens.db"))
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    module = importlib.import_module("metered_flask")
+    module = importlib.import_module(request.param)
     yield module
     module.store.close()
-    del sys.modules["metered_flask"]
+    del sys.modules[request.param]
+
+
+@pytest.fixture
+def keeps_answers(example):
+    """Whether the example gives the first answer again when a request is repeated."""
+    return example.__name__ == "idempotent_flask"
 
 
 @pytest.fixture
 def client(example):
     """Sends a request with a key; the client of Flask itself."""
 
-    def send(key, text="hello", **headers):
-        headers = {name.replace("_", "-"): value for name, value in headers.items()}
-        return example.app.test_client().post(
-            "/shout", data=text, headers={"Authorization": f"Bearer {key}", **headers}
-        )
+    def send(key, text="hello", name="mine"):
+        headers = {"Authorization": f"Bearer {key}", "Idempotency-Key": name}
+        return example.app.test_client().post("/shout", data=text, headers=headers)
 
     return send
 
@@ -44,19 +48,35 @@ def test_a_request_is_charged_for_what_it_came_to(example, client):
     assert usage(example, key) == (5, 1995)
 
 
-def test_a_request_that_is_sent_again_is_charged_once(example, client):
+def test_a_request_that_is_repeated_is_answered_or_refused_and_charged_once(example, client, keeps_answers):
     key, _ = example.store.create(total_available=2000)
+    client(key)
     for _ in range(3):
-        assert client(key, X_Request_Id="mine").text == "HELLO"
-    assert usage(example, key) == (5, 1995)
-    assert client(key, "another request", X_Request_Id="mine").status_code == 409
+        again = client(key)
+        assert (again.status_code, again.text) == (200, "HELLO") if keeps_answers else again.status_code == 409
     assert usage(example, key) == (5, 1995)
 
 
-def test_two_callers_may_choose_the_same_id(example, client):
+def test_no_work_is_given_away_under_a_used_name(example, client):
+    key, _ = example.store.create(total_available=2000)
+    client(key)
+    for text in ("another request", "hello!", ""):
+        assert client(key, text).status_code == 409
+    assert usage(example, key) == (5, 1995)
+
+
+def test_a_disabled_key_gets_no_answer_under_a_used_name(example, client, keeps_answers):
+    key, token = example.store.create(total_available=2000)
+    client(key)
+    example.store.update(token.id, enabled=False)
+    assert client(key).status_code == (401 if keeps_answers else 409)
+    assert client(key, name="another").status_code == 401
+
+
+def test_two_holders_may_choose_the_same_name(example, client):
     for _ in range(2):
         key, _ = example.store.create(total_available=2000)
-        assert client(key, X_Request_Id="1").text == "HELLO"
+        assert client(key, name="1").text == "HELLO"
         assert usage(example, key) == (5, 1995)
 
 
@@ -64,10 +84,8 @@ def test_two_callers_may_choose_the_same_id(example, client):
     ("fields", "changes", "status"),
     [
         pytest.param({"total_available": 999}, {}, 402, id="less left than a request may cost"),
-        pytest.param({"total_available": 2000, "model_limits": {"shout-1": 999}}, {}, 402, id="the model's limit"),
-        pytest.param({"total_available": 2000, "model_limits": {"other": True}}, {}, 403, id="another model's key"),
-        pytest.param({"total_available": 2000}, {"enabled": False}, 403, id="disabled"),
-        pytest.param({"total_available": 2000}, {"expires_at": 1}, 403, id="expired"),
+        pytest.param({"total_available": 2000}, {"enabled": False}, 401, id="disabled"),
+        pytest.param({"total_available": 2000}, {"expires_at": 1}, 401, id="expired"),
     ],
 )
 def test_a_request_that_may_not_be_made_is_not_charged(example, client, fields, changes, status):
@@ -77,20 +95,71 @@ def test_a_request_that_may_not_be_made_is_not_charged(example, client, fields, 
     assert example.store.get_by_id(token.id).total_used == 0
 
 
+@pytest.mark.parametrize(
+    ("limits", "status"),
+    [pytest.param({"shout-1": 999}, 402, id="the model's limit"), pytest.param({"other": True}, 403, id="not listed")],
+)
+def test_model_limits(example, client, keeps_answers, limits, status):
+    if keeps_answers:
+        pytest.skip("it names no model")
+    key, token = example.store.create(total_available=2000, model_limits=limits)
+    assert client(key).status_code == status
+    assert example.store.get_by_id(token.id).total_used == 0
+
+
 @pytest.mark.parametrize("key", ["", "sk-unknown", "two keys"])
 def test_without_a_key_there_is_no_answer(client, key):
-    assert client(key).status_code == 401
+    answer = client(key)
+    assert answer.status_code == 401
+    assert "Bearer" in answer.headers["WWW-Authenticate"]
 
 
-def test_an_id_that_is_too_long(example, client):
+def test_a_name_that_is_too_long(example, client):
     key, _ = example.store.create(total_available=2000)
-    assert client(key, X_Request_Id="x" * 201).status_code == 400
+    assert client(key, name="x" * 256).status_code == 400
     assert usage(example, key) == (0, 2000)
+
+
+def test_a_request_without_a_name(example, client, keeps_answers):
+    key, _ = example.store.create(total_available=2000)
+    assert client(key, name="").status_code == (400 if keeps_answers else 200)
+
+
+def test_a_failure_of_the_work_is_not_charged(example, client, monkeypatch, keeps_answers):
+    if not keeps_answers:
+        pytest.skip("nothing in it can fail")
+    key, _ = example.store.create(total_available=2000)
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(example, "keep", full)
+    assert client(key).status_code == 500
+    assert usage(example, key) == (0, 2000)
+    assert client(key).status_code == 409
+
+
+def test_an_answer_that_was_kept_and_not_settled_is_settled_by_the_next_request(example, client, keeps_answers):
+    if not keeps_answers:
+        pytest.skip("it keeps no answers")
+    key, _ = example.store.create(total_available=2000)
+    operation = example.store.reserve(key, 1000, idempotency_key="mine")
+    example.keep(operation, b"hello", "HELLO")
+    assert client(key).text == "HELLO"
+    assert usage(example, key) == (5, 1995)
 
 
 def test_requests_at_once_spend_no_more_than_there_is(example, client):
     key, _ = example.store.create(total_available=5000)
     with ThreadPoolExecutor(8) as pool:
-        statuses = [answer.status_code for answer in pool.map(lambda _: client(key, "x" * 1000), range(8))]
+        answers = pool.map(lambda number: client(key, "x" * 1000, name=str(number)), range(8))
+        statuses = [answer.status_code for answer in answers]
     assert sorted(statuses) == [200] * 5 + [402] * 3
     assert usage(example, key) == (5000, 0)
+
+
+def test_a_store_that_fails(example, client):
+    key, _ = example.store.create(total_available=5000)
+    example.store.close()
+    answer = client(key)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
