@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 import usage_middleware
+from usage_middleware import QuotaStore
 from usage_middleware.cli import commands
 from usage_middleware.testing import QuotaStoreContract, TokenStoreContract
 
@@ -32,6 +33,8 @@ SECTIONS = (
             "PerRequest",
             "FromHeader",
             "LLMUsage",
+            "Prices",
+            "per_million",
             "Proxy",
             "requested_model",
             "llm_key",
@@ -54,7 +57,7 @@ SECTIONS = (
         ),
     ),
     ("What they hold", ("Token", "Operation", "DayUsage", "TokenRecord", "Finding")),
-    ("For authors of stores", ("Transaction", "Lookup", "Account", "Changes", "Step")),
+    ("For authors of stores", ("Transaction", "Lookup", "Account", "Changes", "Step", "LogEntry")),
     (
         "Exceptions",
         (
@@ -69,6 +72,8 @@ SECTIONS = (
             "ModelNotAllowed",
             "OperationNotFound",
             "OperationConflict",
+            "UpstreamError",
+            "UpstreamTimeout",
         ),
     ),
 )
@@ -109,13 +114,16 @@ def describe(name: str, thing: Any, level: int) -> list[str]:
 
 def public_members(kind: type) -> list[tuple[str, Any]]:
     """Return the public methods and properties that have a docstring of their own, in the order of their definition."""
+    # What every store has is listed once, with QuotaStore.
+    listed = () if kind is QuotaStore or not issubclass(kind, QuotaStore) else QuotaStore.__mro__
     found: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
-        if base.__module__.startswith("usage_middleware"):
+        if base.__module__.startswith("usage_middleware") and base not in listed:
             found |= {name: value for name, value in vars(base).items() if not name.startswith("_")}
     return [
         (name, value)
         for name, value in found.items()
+        if not any(name in vars(base) for base in listed)
         if (inspect.isfunction(value) or isinstance(value, property)) and inspect.getdoc(value)
     ]
 

@@ -54,6 +54,56 @@ if TYPE_CHECKING:
     from .wsgi.meter.usage_meter import UsageMeter as UsageMeter
     from .wsgi.proxy import Proxy as Proxy
 
+__all__ = [
+    "Account",
+    "Changes",
+    "Cost",
+    "CostReader",
+    "DamagedToken",
+    "DayUsage",
+    "Finding",
+    "FromHeader",
+    "LLMUsage",
+    "LogEntry",
+    "Lookup",
+    "MemoryTokenStore",
+    "ModelNotAllowed",
+    "NewAPI",
+    "NewAPITokenStore",
+    "Operation",
+    "OperationConflict",
+    "OperationNotFound",
+    "PerRequest",
+    "Prices",
+    "Proxy",
+    "QuotaError",
+    "QuotaExceeded",
+    "QuotaStore",
+    "SQLAlchemyTokenStore",
+    "SQLiteTokenStore",
+    "Settlement",
+    "Step",
+    "StoreError",
+    "Token",
+    "TokenDisabled",
+    "TokenExpired",
+    "TokenNotFound",
+    "TokenRecord",
+    "TokenStore",
+    "Transaction",
+    "UpstreamError",
+    "UpstreamTimeout",
+    "Usage",
+    "UsageMeter",
+    "UsageMiddleware",
+    "UsageMiddlewareError",
+    "bearer_key",
+    "llm_key",
+    "open_store",
+    "per_million",
+    "requested_model",
+]
+
 # Where the names of the meter and of the proxy are. They need werkzeug and http.client, whose imports take as long as
 # that of everything else here.
 _LATER = {
@@ -72,3 +122,7 @@ def __getattr__(name: str) -> Any:
     if name in _LATER:
         return getattr(import_module(_LATER[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

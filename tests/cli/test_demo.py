@@ -48,7 +48,7 @@ def test_a_signal_at_any_time_leaves_no_folder(tmp_path, event, number):
 
 @pytest.mark.parametrize("number", STOPPED, ids=lambda number: number.name)
 def test_a_signal_while_it_serves_leaves_no_folder(start, tmp_path, number):
-    process, _, log = start("demo", "--port", "0", ready="Ask for")
+    process, _, log = start("demo", "--port", "0", ready="Open the page")
     process.send_signal(number)
     assert process.wait(10) == 0
     assert not list(tmp_path.glob("usage-middleware-*"))
@@ -61,7 +61,9 @@ def test_nohup_keeps_it_running(tmp_path):
         [sys.executable, "-c", program, SCRIPT, "demo", "--port", "0"], stdout=subprocess.PIPE, text=True
     ) as process:
         try:
-            assert process.stdout.readline() == "Ask for what is left of a token:\n"
+            assert (
+                process.stdout.readline() == "Open the page for the holder of a key, and enter one of the keys below:\n"
+            )
             process.send_signal(signal.SIGHUP)
             process.send_signal(signal.SIGTERM)
             assert "Ctrl-C stops the demonstration" in process.stdout.read()

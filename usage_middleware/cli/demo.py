@@ -14,6 +14,7 @@ from ..wsgi.endpoints.new_api import NewAPI
 from ..wsgi.endpoints.not_found import NotFound
 from ..wsgi.middleware import UsageMiddleware
 from .printing import echo, program
+from .sample_use import PastClock, use
 from .serve import host_option, listen, port_option
 from .stopping import stop_in_order
 
@@ -22,25 +23,28 @@ from .stopping import stop_in_order
 @host_option
 @port_option
 def demo(host: str, port: int) -> None:
-    """Make a small database, print a curl line for it, and serve it.
+    """Make a small database, with a few weeks of made-up use, and serve it with a page and the endpoint.
 
     The database is a temporary one and is removed when the command is stopped.
     """
     # The signals come first: from here on, none of them ends the process before its folder is removed.
     with stop_in_order() as stop, tempfile.TemporaryDirectory(prefix="usage-middleware-") as directory:
         path = Path(directory, "tokens.db")
-        with SQLiteTokenStore(path) as store:
+        clock = PastClock()
+        with SQLiteTokenStore(path, clock=clock) as store:
             key, _ = store.create(
                 name="Demo Token", total_available=1_000_000, model_limits={"gpt-4o-mini": 500_000, "gpt-4o": True}
             )
             # As if it had been in use: the documented example has these totals.
-            store.charge(key, 12_345, model="gpt-4o-mini")
+            use(store, clock, key, 12_345)
             unlimited, _ = store.create(name="Unlimited Token", unlimited_quota=True)
             expired, _ = store.create(name="Expired Token", total_available=5000, expires_at=int(time.time()) - 86400)
 
             def ready(url: str) -> None:
                 database = shlex.quote(str(path))
-                echo("Ask for what is left of a token:\n")
+                echo("Open the page for the holder of a key, and enter one of the keys below:\n")
+                echo(f"  {url}/\n")
+                echo("Or ask for what is left of a token:\n")
                 for title, shown in (("", key), ("unlimited", unlimited), ("expired", expired)):
                     comment = f"  # {title}" if title else ""
                     echo(f"  curl -H 'Authorization: Bearer {shown}' {url}/api/usage/token{comment}")
@@ -50,7 +54,7 @@ def demo(host: str, port: int) -> None:
                 echo("Ctrl-C stops the demonstration and removes its database.")
 
             if not stop.is_requested:
-                listen(UsageMiddleware(NotFound(), store, new_api=NewAPI()), host, port, ready, stop)
+                listen(UsageMiddleware(NotFound(), store, page="/", new_api=NewAPI()), host, port, ready, stop)
 
 
 COMMANDS = (demo,)

@@ -12,7 +12,7 @@ from ..stores.base import QuotaStore
 
 _DAYS: Final = 45
 _DAY: Final = 86_400
-_MODELS: Final = (("gpt-4o", 5), ("gpt-4o-mini", 3), ("claude-sonnet-4", 2))  # with how much each is used
+_MODELS: Final = (("gpt-4o", 5), ("gpt-4o-mini", 3))  # with how much each is used
 _ON_A_WEEKEND: Final = 0.25  # of what is used on another day
 
 
