@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 
+import pytest
 from command import SCRIPT, URL, get, run
 
 # --- Serving: the installed script, as a process
@@ -28,7 +29,8 @@ def test_demo_prints_a_curl_line_that_works_and_cleans_up(start, tmp_path):
     assert after["total_used"] == json.loads(body)["data"]["total_used"] + 1000
     assert after["total_granted"] == json.loads(body)["data"]["total_granted"]
     assert get(url, **{header: value + "x"})[0] == 401
-    assert get(url, path="/")[0] == 404
+    assert get(url, path="/")[2].startswith(b"<!doctype html>")
+    assert get(url, path="/other")[0] == 404
     listing = re.search(r"usage-middleware (list --db \S+)", log.read_text())[1].split()
     assert "Demo Token" in subprocess.run([SCRIPT, *listing], check=True, capture_output=True, text=True).stdout
     process.send_signal(signal.SIGTERM)
@@ -106,3 +108,23 @@ def test_a_port_that_is_taken(db):
         _, err = run("serve", "--port", taken.getsockname()[1], status=2)
     assert err.startswith("Error: cannot listen on 127.0.0.1 port")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "page"),
+    [
+        pytest.param([], "/", id="alone"),
+        pytest.param(["--page", "/usage"], "/usage", id="where it is said"),
+        pytest.param(["--app", "legacy:application", "--page", "/usage"], "/usage", id="beside an application"),
+        pytest.param(["--app", "legacy:application"], None, id="an application has its own"),
+        pytest.param(["--path", "/"], None, id="the endpoint is there"),
+    ],
+)
+def test_the_page(start, db, tmp_path, arguments, page):
+    (tmp_path / "legacy.py").write_text(
+        "def application(environ, start_response):\n    start_response('200 OK', [])\n    return [b'']\n"
+    )
+    run("create")
+    _, match, log = start("serve", "--port", "0", *arguments, ready=rf"Serving {URL}")
+    assert get(match[1], path=page or "/")[2].startswith(b"<!doctype html>") is (page is not None)
+    assert (f"The page for the holders of keys is {match[1]}{page}\n" in log.read_text()) is (page is not None)

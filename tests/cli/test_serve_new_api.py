@@ -95,7 +95,7 @@ def test_what_cannot_be_is_refused(key, arguments, named):
 def test_an_unknown_path_is_a_404_that_a_browser_can_read(start, key):
     _, match, _ = start("serve", "--port", "0", "--allow-origin", ORIGIN, ready=URL)
     for path in (
-        "/",
+        "/other",
         "/v1/models",
         "/v1/usage",
         "/api",
@@ -105,7 +105,7 @@ def test_an_unknown_path_is_a_404_that_a_browser_can_read(start, key):
         assert (status, body) == (404, b'{"success":false,"message":"Not Found"}')
         assert headers["Content-Type"] == "application/json; charset=utf-8"
         assert headers["Access-Control-Allow-Origin"] == ORIGIN
-    assert "Access-Control-Allow-Origin" not in get(match[1], "/", Origin="https://other.example")[1]
+    assert "Access-Control-Allow-Origin" not in get(match[1], "/other", Origin="https://other.example")[1]
 
 
 def test_every_option_says_what_it_is_for():

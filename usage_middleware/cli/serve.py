@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from ..service.building import build, make_metrics
+from ..service.building import build, make_metrics, page_path
 from ..service.options import ServiceOptions, service_options
 from ..stores.base import QuotaStore
 from . import server
@@ -60,8 +60,15 @@ def serve(host: str, port: int, metrics_port: int | None, **values: Any) -> None
         store.get("-")  # a database that cannot be used is reported now, not to the first client
         if not isinstance(store, QuotaStore):
             say("This is a database of new-api: it is served as it is, and not written to.")
+        page = page_path(options)
+
+        def ready(url: str) -> None:
+            say(f"Serving {url}{options.path} (Ctrl-C stops it)")
+            if page is not None:
+                say(f"The page for the holders of keys is {url}{page}")
+
         with _exposed(metrics, host, metrics_port):
-            listen(application, host, port, lambda url: say(f"Serving {url}{options.path} (Ctrl-C stops it)"), stop)
+            listen(application, host, port, ready, stop)
 
 
 @contextmanager

@@ -48,16 +48,15 @@ def build(store: Any, options: ServiceOptions, metrics: Metrics | None = None) -
         "throttle": options.throttle,
         "throttle_storage": options.throttle_storage or "memory://",
     }
-    with_new_api = options.with_new_api
-    if with_new_api is None:
-        with_new_api = options.application is None and options.upstream is None
+    is_alone = options.application is None and options.upstream is None
+    with_new_api = is_alone if options.with_new_api is None else options.with_new_api
     if metrics is None and options.metrics_path is not None:
         metrics = make_metrics(store)
     middleware = UsageMiddleware(
         _metered(store, options, of_refusals, metrics),
         store,
         path=options.path,
-        page=options.page,
+        page=page_path(options),
         new_api=NewAPI(**_given(options, _OF_NEW_API)) if with_new_api else None,
         **of_refusals,
     )
@@ -79,6 +78,12 @@ def make_metrics(store: Any) -> Metrics:
     from prometheus_client import CollectorRegistry
 
     return Metrics(store, registry=CollectorRegistry())
+
+
+def page_path(options: ServiceOptions) -> str | None:
+    """Return where the page is. Alone, the service has nothing else to show at its root."""
+    is_alone = options.application is None and options.upstream is None
+    return "/" if options.page is None and is_alone and options.path != "/" else options.page
 
 
 def _metered(

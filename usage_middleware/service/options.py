@@ -105,7 +105,11 @@ _METER: Final = (
 )
 _ENDPOINT: Final = (
     click.option("--path", default=_PATH, show_default=True, help="The path to answer."),
-    click.option("--page", metavar="PATH", help="Where a page shows the holder of a key what is left, such as /usage."),
+    click.option(
+        "--page",
+        metavar="PATH",
+        help="Where a page shows the holder of a key what is left.  [default: / without --app and --upstream]",
+    ),
     click.option(
         "--allow-origin", "origins", metavar="ORIGIN", multiple=True, help="A web origin that may ask. Repeatable."
     ),
