@@ -49,7 +49,7 @@ def test_a_cost_from_a_header(name, value):
     assert reader.complete
     assert reader.result(ended=True) == reader.result(ended=False) == Usage(7)
     # The client does not get it.
-    assert reader.headers == [headers[0], headers[2]]
+    assert reader.answer_headers == [headers[0], headers[2]]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_header_that_is_not_a_cost(values, caplog):
         reader = FromHeader(NAME, most=500).reader(200, [("Server", "old"), *headers])
     assert not reader.complete
     assert reader.result(ended=True) is None
-    assert reader.headers == [("Server", "old")]
+    assert reader.answer_headers == [("Server", "old")]
     (record,) = caplog.records
     assert NAME in record.getMessage()
     assert "\n" not in record.getMessage()

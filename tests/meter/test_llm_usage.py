@@ -364,7 +364,7 @@ def test_nothing_that_a_service_says_fails(messages):
 def test_a_filtered_stream_has_what_an_unfiltered_one_has():
     cost = LLMUsage(most=MOST)
     reader = cost.reader_of_request([*EVENTS, ("Content-Length", "999")], None, asked=True)
-    assert reader.headers == EVENTS
+    assert reader.answer_headers == EVENTS
     out = b"".join(reader.pass_on(chunk) for chunk in CHAT_STREAM) + reader.rest()
     assert out == b"".join(chunk for chunk in CHAT_STREAM if chunk != event(USAGE_CHUNK))
     assert reader.complete

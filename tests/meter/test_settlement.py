@@ -6,9 +6,9 @@ import os
 import threading
 
 import pytest
-from metering import KEY, Metered
+from metering import KEY, Host, Metered
 
-from usage_middleware import MemoryTokenStore, OperationConflict, StoreError, TokenNotFound
+from usage_middleware import FromHeader, MemoryTokenStore, OperationConflict, StoreError, TokenNotFound
 from usage_middleware.wsgi.meter import settlement
 
 
@@ -157,6 +157,19 @@ def test_a_store_that_fails_again_keeps_the_order(metered):
     assert metered.used == 5
 
 
+def test_what_waits_does_not_keep_others_out():
+    """It holds all that is left, so that without it no later request could be let through."""
+    with Failing() as store:
+        cost = FromHeader("X-Usage-Cost", most=10, least=5)
+        metered = Metered(store, Host(headers=[("X-Usage-Cost", "1")]), total_available=10, cost=cost)
+        store.error = StoreError("down")
+        metered.serve().finish()
+        assert metered.serve().status == 429
+        store.error = None
+        assert metered.serve().finish() == b"done"
+        assert metered.used == 2
+
+
 def test_threads_settle_each_reservation_once(metered):
     metered.store.error = StoreError("down")
     for _ in range(200):
@@ -257,5 +270,7 @@ def test_a_settlement_says_all(store):
         status=200,
         seconds=settled.seconds,
         settled=True,
+        added=settled.added,
     )
+    assert 0 < settled.added < settled.seconds
     assert KEY not in repr(settled)

@@ -49,7 +49,7 @@ class CostReader(Protocol):
 
     - ``final``: a ``bool``, whether the cost is known although the answer has not ended;
     - ``failed``: a ``bool``, whether the service has said in its answer that it failed;
-    - ``headers``: the headers that the client gets instead of the service's;
+    - ``answer_headers``: the headers that the client gets instead of the service's;
     - ``pass_on(data)``, called instead of ``feed(data)``, returns what the client gets instead of ``data``, and
       ``rest()``, called at the end, what it gets after the last chunk.
     """
@@ -93,14 +93,14 @@ class FixedReader:
 
     :param usage: what the answer costs at its end; ``None``: unknown.
     :param stated: whether the service has stated it, so that it also holds for an answer that fails.
-    :param headers: the headers that the client gets.
+    :param answer_headers: the headers that the client gets; left out: those of the service.
     """
 
-    def __init__(self, usage: Usage | None, *, stated: bool = False, headers: Headers | None = None) -> None:
+    def __init__(self, usage: Usage | None, *, stated: bool = False, answer_headers: Headers | None = None) -> None:
         self._usage = usage
         self.complete = stated
-        if headers is not None:
-            self.headers = headers
+        if answer_headers is not None:
+            self.answer_headers = answer_headers
 
     def feed(self, data: bytes, /) -> None:
         """Read nothing."""
@@ -179,13 +179,13 @@ class FromHeader:
         handed_on = [header for header in headers if _folded(header[0]) != self._folded]
         text = values[0].strip(" \t")
         if len(values) == 1 and _UNITS.fullmatch(text) and int(text) <= MAX_INTEGER:
-            return FixedReader(Usage(int(text)), stated=True, headers=handed_on)
+            return FixedReader(Usage(int(text)), stated=True, answer_headers=handed_on)
         logger.error(
             "the answer's header %s must be one decimal integer of quota units, got %.80s: the cost is unknown",
             self._name,
             ", ".join(map(repr, values)),
         )
-        return FixedReader(None, headers=handed_on)
+        return FixedReader(None, answer_headers=handed_on)
 
 
 def check_bounds(most: int, least: int) -> None:

@@ -220,7 +220,7 @@ class _AskingReader(_LLMReader):
         self.pass_on = usage_filter.pass_on
         self.rest = usage_filter.rest
         # What is sent is shorter than what the service has counted.
-        self.headers = [header for header in headers if header[0].lower() != "content-length"]
+        self.answer_headers = [header for header in headers if header[0].lower() != "content-length"]
 
 
 def _pricing(prices: Prices) -> Callable[[TokenCounts], int]:

@@ -77,7 +77,7 @@ class MeteredAnswer:
         """Take the place of the server's ``start_response``."""
         code = int(status[:3]) if status[:3].isdecimal() else 500
         reader = self._reader(code, headers)
-        handed_on = getattr(reader, "headers", headers)
+        handed_on = getattr(reader, "answer_headers", headers)
         if exc_info is None:
             write = self._start_response(status, handed_on)
         else:
@@ -204,7 +204,7 @@ class MeteredAnswer:
         self._left = _content_length(headers) if has_body else None
         self._is_json = self._feed is not None and _is_json(headers)
         self._change = None if is_known else getattr(reader, "pass_on", None)
-        self._rest = None if is_known else getattr(reader, "rest", None)
+        self._rest = None if self._change is None else getattr(reader, "rest", None)
 
     def _pass(self, data: bytes) -> bytes:
         """Read a chunk, settle if it is the last one, and return what is handed on."""

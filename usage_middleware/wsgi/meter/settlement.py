@@ -163,20 +163,27 @@ class Settler:
         self._queues: dict[int, _Queue] = {}
 
     def settle(self, charge: _Charge) -> None:
-        """Settle a reservation. If the store takes it, try those again that it failed to take."""
-        if not self._settle(charge) or not self._queues:
-            return
+        """Settle a reservation. If the store takes it, settle what waits too."""
+        if self._settle(charge) and self._queues:
+            self.settle_waiting()
+
+    def settle_waiting(self) -> bool:
+        """Settle some of the reservations that wait, in order, and return whether any was settled."""
         queue = self._queues.get(os.getpid())
         if queue is None or not queue.retrying.acquire(blocking=False):
-            return
+            return False
+        settled = 0
         try:
-            for _ in range(_MOST_AT_ONCE):
+            while settled < _MOST_AT_ONCE:
                 if queue.untried:
-                    self._settle(queue.untried.popleft())
+                    settled += self._settle(queue.untried.popleft())
                 elif not self._retry(queue):
-                    return
+                    break
+                else:
+                    settled += 1
         finally:
             queue.retrying.release()
+        return settled > 0
 
     def settle_later(self, charge: _Charge) -> None:
         """Settle a reservation with a later request."""

@@ -149,6 +149,9 @@ class UsageMeter:
             close_request_body(environ)
             refusal = refused_body(error)
             return error(environ, start_response) if refusal is None else self._refuse(refusal, environ, start_response)
+        except BaseException:
+            close_request_body(environ)
+            raise
         answer = MeteredAnswer(
             start_response,
             cost,
@@ -202,10 +205,19 @@ class UsageMeter:
             raise
 
     def _reserve(self, most: int, least: int, model: str | None, key: str) -> Operation:
-        try:
+        def reserve() -> Operation:
             return self.store.reserve(
                 key, most, at_least=None if least == most else least, model=model, expires_in=self._expires_in
             )
+
+        try:
+            try:
+                return reserve()
+            except QuotaExceeded as error:
+                # What could not be settled holds more than it will be charged.
+                if error.held and self._settler.settle_waiting():
+                    return reserve()
+                raise
         except (TokenNotFound, TokenDisabled):
             raise Refused(UNKNOWN) from None
         except TokenExpired:
