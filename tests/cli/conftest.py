@@ -8,7 +8,7 @@ from usage_middleware.cli import main
 
 @pytest.fixture
 def run(db, capsysbinary):
-    """Runs the command in this process; returns its standard output, as bytes, and its standard error."""
+    """Run the command in this process, and return its standard output, as bytes, and its standard error."""
 
     def run(*args, status=0):
         with pytest.raises(SystemExit) as end:

@@ -106,7 +106,7 @@ def empty_index(path):
         pytest.param(empty_index, 1, "PROBLEM the file is damaged: ", id="damaged"),
     ],
 )
-def test_what_is_wrong_is_told(check, path, break_, status, line):
+def test_what_is_wrong_is_reported(check, path, break_, status, line):
     break_(path)
     found, out, _ = check(path)
     assert line in out

@@ -131,7 +131,7 @@ def test_an_export_is_a_new_file_or_none(run, db):
     assert not list(db.parent.glob(".*"))
 
 
-def test_an_export_has_no_key_and_says_so_only_where_it_should(run, db):
+def test_an_export_holds_the_digest_and_no_key(run, db):
     with SQLiteTokenStore(db) as store:
         store.create(key=KEY, name="\u4ee4\u724c")
     out, _ = run("export")
@@ -142,7 +142,7 @@ def test_an_export_has_no_key_and_says_so_only_where_it_should(run, db):
     assert "\u4ee4\u724c".encode() in out
 
 
-def test_nobody_reads_on(db):
+def test_a_reader_that_stops_reading(db):
     with SQLiteTokenStore(db) as store:
         store.restore([record for _, record, _ in read_csv(lines(5000), NOW)])
     process = subprocess.Popen([SCRIPT, "export"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -168,7 +168,7 @@ def test_a_full_disk_is_one_line(db):
 
 
 def terminal(*args):
-    """Runs the script at a terminal; returns what it shows there."""
+    """Run the script at a terminal, and return what it shows there."""
     ours, theirs = pty.openpty()
     try:
         process = subprocess.Popen([SCRIPT, *args], stdout=subprocess.PIPE, stderr=theirs)

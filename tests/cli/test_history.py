@@ -108,7 +108,7 @@ def test_a_time_to_come_is_refused(past, when):
     assert operations(past) == 6
 
 
-def test_a_rehearsal_forgets_nothing_and_counts_the_same(past):
+def test_a_dry_run_forgets_nothing_and_counts_the_same(past):
     before = past.read_bytes()
     assert run("prune", "--older-than", "25d", "--dry-run")[1].startswith("Would forget 2 operations from before ")
     assert past.read_bytes() == before

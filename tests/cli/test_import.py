@@ -19,7 +19,7 @@ from usage_middleware import SQLiteTokenStore
 # --- A file
 
 
-def test_rows_are_told_by_the_line_on_which_they_begin(run, db):
+def test_bad_rows_are_reported_by_the_line_on_which_they_begin(run, db):
     db.with_name("t.csv").write_bytes(
         b"\xef\xbb\xbfkey,name,total_available\r\n"
         b'the-key-of-holder-one,"two\nlines\n",5\r\n'
@@ -130,7 +130,7 @@ def test_a_file_without_tokens(run, db, name, text):
     assert run("import", name) == (b"", "0 imported, 0 already there, 0 bad.\n")
 
 
-def test_format_goes_before_the_name(run, db):
+def test_format_overrides_the_name(run, db):
     db.with_name("t.csv").write_text('{"key": "the-key-of-holder-one"}\n')
     assert "1 imported" in run("import", "--format", "jsonl", "t.csv")[1]
 
@@ -146,7 +146,7 @@ def test_standard_input(db):
     assert [token.name for token in tokens(db)] == ["caf\u00e9"]
 
 
-def test_a_key_that_was_given_up_stays_so(run, db):
+def test_a_deleted_or_rotated_key_is_not_imported_again(run, db):
     with SQLiteTokenStore(db) as store:
         store.create(key="deleted-key-of-a-holder")
         store.create(key="rotated-key-of-a-holder")
@@ -157,7 +157,7 @@ def test_a_key_that_was_given_up_stays_so(run, db):
     assert run("import", "t.csv")[1] == "1 imported, 2 already there, 0 bad.\n"
 
 
-def test_a_token_that_is_there_is_left_alone(run, db):
+def test_an_existing_token_is_left_alone(run, db):
     db.with_name("t.csv").write_text("key,name,total_available\nthe-key-of-holder-one,First,5\n")
     run("import", "t.csv")
     before = tokens(db)
@@ -169,7 +169,7 @@ def test_a_token_that_is_there_is_left_alone(run, db):
 # --- --dry-run
 
 
-def test_a_rehearsal_tells_what_the_import_then_does_and_writes_nothing(run, db, monkeypatch, tmp_path):
+def test_a_dry_run_reports_what_the_import_then_does_and_writes_nothing(run, db, monkeypatch, tmp_path):
     # Two batches, and a key that comes again in the second.
     monkeypatch.setattr("usage_middleware.cli.transfer.importing.BATCH", 3)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
@@ -187,7 +187,7 @@ def test_a_rehearsal_tells_what_the_import_then_does_and_writes_nothing(run, db,
     assert (db.read_bytes(), tokens(db)) == before
 
 
-def test_a_rehearsal_does_not_need_to_write(run, db):
+def test_a_dry_run_needs_no_lock(run, db):
     db.with_name("t.csv").write_text("key\nthe-key-of-holder-one\nthe-key-of-holder-two\n")
     with SQLiteTokenStore(db) as store:
         store.create(key="the-key-of-holder-one")
@@ -221,7 +221,7 @@ def feed(pipe, texts):
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
-def test_the_same_command_goes_on_where_one_was_stopped(run, db, kill):
+def test_the_same_command_continues_a_stopped_import(run, db, kill):
     command = [SCRIPT, "import", "--format", "csv", "-"]
 
     def heed_interrupts():
@@ -255,7 +255,7 @@ def test_the_same_command_goes_on_where_one_was_stopped(run, db, kill):
     ]
 
 
-def test_a_database_that_fails_on_the_way(run, db, monkeypatch):
+def test_a_database_that_fails_in_the_middle(run, db, monkeypatch):
     monkeypatch.setattr("usage_middleware.cli.transfer.importing.BATCH", 10)
     db.with_name("t.csv").write_text("".join(lines(25)))
     with SQLiteTokenStore(db) as store:

@@ -123,7 +123,7 @@ def test_show(db):
         (2**62, 2**63 - 1, "██████████░░░░░░░░░░  4,611,686,018,427,387,904 of 9,223,372,036,854,775,807 (50 %)"),
     ],
 )
-def test_a_bar_is_only_empty_or_full_where_that_is_true(used, granted, shown):
+def test_a_bar_is_only_empty_or_full_if_that_is_true(used, granted, shown):
     token = Token(id=1, total_used=used, total_available=granted - used)
     assert f"Used       {shown}" in list(describe(token, NOW, {}))
 

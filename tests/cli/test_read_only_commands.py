@@ -122,7 +122,7 @@ def test_a_source_stays_as_it_is(folder, db):
     assert state_of(folder) == before
 
 
-def test_a_rehearsal_leaves_what_it_would_import_into(folder, db):
+def test_a_dry_run_leaves_what_it_would_import_into(folder, db):
     with SQLiteTokenStore(db) as store:
         store.create()
     foreign(folder / "foreign.db", "wal")
@@ -215,7 +215,7 @@ def test_an_import_from_an_earlier_version_takes_all_of_it(earlier, folder, db):
         assert store.get(KEY).name == "First"
 
 
-def test_a_rehearsal_into_an_earlier_version_leaves_it(earlier, folder, db):
+def test_a_dry_run_into_an_earlier_version_leaves_it(earlier, folder, db):
     with SQLiteTokenStore(db) as store:
         store.create()
         store.create(key=KEY)
@@ -292,7 +292,7 @@ def earlier_server(database_url):
 
 
 @pytest.mark.servers
-def test_a_rehearsal_and_a_source_do_not_upgrade_a_server(earlier_server, db):
+def test_a_dry_run_and_a_source_do_not_upgrade_a_server(earlier_server, db):
     url, state = earlier_server
     db.with_name("t.csv").write_text("key\nthe-key-of-a-holder\n")
     for words in (

@@ -85,7 +85,7 @@ def test_serve_alone_serves_only_the_endpoint_and_logs_no_key(start, db):
     assert "canary" not in log.read_text()
 
 
-def test_serve_throttles_whoever_guesses_keys(start, db):
+def test_serve_throttles_a_client_that_guesses_keys(start, db):
     key = run("create")[0].strip()
     _, match, log = start("serve", "--port", "0", "--throttle", "3 per 30 days", ready=URL)
     guesses = [get(match[1], Authorization="Bearer sk-canary") for _ in range(5)]
@@ -102,7 +102,7 @@ def test_serve_names_the_extra_that_a_limit_needs(db, monkeypatch):
     assert err == "Error: throttle needs the package limits: pip install limits\n"
 
 
-def test_a_port_that_is_taken(db):
+def test_a_port_in_use(db):
     run("create")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         _, err = run("serve", "--port", taken.getsockname()[1], status=2)

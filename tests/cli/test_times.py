@@ -67,7 +67,7 @@ def test_times_that_are_not(text):
 
 
 @pytest.mark.parametrize("text", ["never", "0", "-1"])
-def test_never_is_no_time_that_has_passed(text):
+def test_never_is_not_a_time_that_has_passed(text):
     with pytest.raises(ValueError, match="is not a time"):
         parse_time(text, NOW, past=True)
 

@@ -215,7 +215,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize(("line", "reason"), [pytest.param(*case, id=case[0][:30]) for case in BAD_LINES])
-def test_a_line_that_is_no_token(line, reason):
+def test_a_line_that_is_not_a_token(line, reason):
     rows = list(read_json_lines(['{"key": "one"}\n', line + "\n", "\n", '{"key": "two"}'], NOW))
     assert [number for number, _, _ in rows] == [1, 2, 4]
     assert isinstance(rows[1][1], ValueError)

@@ -8,7 +8,7 @@ from usage_middleware.cli import commands
 # --- Which database
 
 
-def test_the_database_may_be_named_on_either_side_and_goes_before_the_environment(db, tmp_path):
+def test_the_database_may_be_named_on_either_side_and_overrides_the_environment(db, tmp_path):
     run("create", "--name", "environment")
     for args in (["--db", "other.db", "create"], ["create", "--db", "other.db"]):
         run(*args)

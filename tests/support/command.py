@@ -21,7 +21,7 @@ NOW = 1_800_000_000  # 2027-01-15 08:00:00 UTC
 
 
 def run(*args, status=0):
-    """Runs the command in this process; returns what it prints on standard output and on standard error."""
+    """Run the command in this process, and return what it prints on standard output and on standard error."""
     # As standard output is: a text over bytes.
     out, err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline=""), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:

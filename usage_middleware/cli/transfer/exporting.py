@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,16 +102,20 @@ def _new_file(path: Path) -> Iterator[BinaryIO]:
     """
     if path.exists():
         raise click.UsageError(f"{path} exists already; remove it, or name another file")
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    # The name is known before there is a file: whenever a signal comes, none is left behind.
     try:
-        with open(descriptor, "wb") as file:
+        with open(temporary, "xb", opener=_open_for_owner) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _open_for_owner(name: str, flags: int) -> int:
+    return os.open(name, flags, 0o600)
 
 
 def _text_of(error: OSError) -> str:

@@ -56,7 +56,7 @@ def import_tokens(ctx: click.Context, source: str, format_name: str | None, dry_
         with (
             open_source(source, format_name) as opened,
             open_store(create=True, dry_run=dry_run) as store,
-            _rehearsal(store) if dry_run else nullcontext(store.restore) as restore,
+            _dry_run(store) if dry_run else nullcontext(store.restore) as restore,
             _reported(tally),
         ):
             _copy(opened, restore, tally)
@@ -145,7 +145,7 @@ def _reported(tally: _Tally) -> Iterator[None]:
 
 
 @contextmanager
-def _rehearsal(store: QuotaStore) -> Iterator[_Restore]:
+def _dry_run(store: QuotaStore) -> Iterator[_Restore]:
     """Yield what returns the same as ``restore``, except for the ids.
 
     The store is only read: to restore and roll back would make the charges of a live service wait, and needs a database
