@@ -2,36 +2,41 @@
 
 import sys
 
+# Python 3.10 mixes up its stack if an exception comes before some of the opcodes that end a handler, and crashes later.
+_STOPS_AT_OPCODES = sys.version_info >= (3, 11)
+
 
 class Interrupt(BaseException):
-    """What a signal handler raises, or whatever ends a greenlet: nothing catches it by chance."""
+    """What a signal handler raises, or what ends a greenlet: nothing catches it by chance."""
 
 
-def interrupted_at(number, call, *, error=Interrupt):
-    """Calls ``call``, and raises an exception before its step of that number: an opcode, or the beginning, a line or
-    the end of any function of Python that runs for it.
+def interrupted_at(number, call, then):
+    """Call ``call``, and raise an exception before its step of that number: an opcode, or the beginning, a line or the
+    end of any function of Python that runs for it, the standard library's too.
 
-    :return: whether the call took so many steps; if not, it has returned.
+    :param then: is called afterwards, while the exception is handled.
+    :return: whether the call took so many steps.
     """
-    steps = 0
+    left = number
 
     def step(frame, event, argument):
-        nonlocal steps
-        frame.f_trace_opcodes = True
-        steps += 1
-        if steps == number:
-            sys.settrace(None)
-            raise error
+        nonlocal left
+        frame.f_trace_opcodes = _STOPS_AT_OPCODES
+        left -= 1
+        if left == 0:
+            raise Interrupt  # which ends the tracing
         return step
 
     before = sys.gettrace()
     sys.settrace(step)
     try:
         call()
-    except error:
-        if steps < number:
-            raise
-        return True
+    except Interrupt:
+        sys.settrace(before)
+        then()
+    else:
+        sys.settrace(before)
+        then()
     finally:
         sys.settrace(before)
-    return False
+    return left <= 0
