@@ -9,7 +9,6 @@ twice as often.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 import weakref
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import SplitResult, urlsplit
 
 from ..extras import how_to_install
+from ..forks import PerProcess
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -54,8 +54,8 @@ class Throttle:
         self._amount, self._period, self._name = _parsed(limit)
         _check_storage(storage)
         self._storage = storage
-        # By process id: what counts in one process holds a lock or a connection, and is nothing to carry over a fork.
-        self._counts: dict[int, _Count] = {}
+        # What counts in one process holds a lock or a connection.
+        self._counts: PerProcess[_Count] = PerProcess(self._open)
         self._asked_again_at = 0.0  # time.monotonic()
 
     def failed(self, environ: WSGIEnvironment) -> int:
@@ -68,8 +68,7 @@ class Throttle:
         now = int(time.time())
         begin = now - now % self._period
         try:
-            count = self._counts.get(os.getpid()) or self._counts.setdefault(os.getpid(), self._open())
-            failures = count(_client(environ), begin)
+            failures = self._counts.get()(_client(environ), begin)
         except Exception as error:
             if time.monotonic() < self._asked_again_at:
                 return 0  # another thread has just told of it

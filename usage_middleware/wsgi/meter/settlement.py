@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
 from ...errors import QuotaError, StoreError
+from ...forks import PerProcess
 from ...operations import Operation
 from ...stores.base import QuotaStore
 from .costs import CostReader, Usage
@@ -159,17 +159,17 @@ class Settler:
     def __init__(self, store: QuotaStore, on_settled: Callable[[Settlement], None] | None) -> None:
         self._store = store
         self._on_settled = on_settled
-        # By process id: a child settles nothing that its parent keeps, and has no lock that another thread held.
-        self._queues: dict[int, _Queue] = {}
+        # A child settles nothing that its parent keeps, and has no lock that another thread held.
+        self._queues: PerProcess[_Queue] = PerProcess(_Queue)
 
     def settle(self, charge: _Charge) -> None:
         """Settle a reservation. If the store takes it, settle what waits too."""
-        if self._settle(charge) and self._queues:
+        if self._settle(charge):
             self.settle_waiting()
 
     def settle_waiting(self) -> bool:
         """Settle some of the reservations that wait, in order, and return whether any was settled."""
-        queue = self._queues.get(os.getpid())
+        queue = self._queues.peek()
         if queue is None or not queue.retrying.acquire(blocking=False):
             return False
         settled = 0
@@ -187,7 +187,7 @@ class Settler:
 
     def settle_later(self, charge: _Charge) -> None:
         """Settle a reservation with a later request."""
-        self._queue().untried.append(charge)
+        self._queues.get().untried.append(charge)
 
     def _settle(self, charge: _Charge) -> bool:
         asked_at = time.perf_counter()
@@ -197,7 +197,7 @@ class Settler:
                 _report(charge, f"{_described(error)}. It is not tried again")
             else:
                 _report(charge, f"{_described(error)}. It is tried again with later requests")
-                self._queue().add(charge)
+                self._queues.get().add(charge)
         if self._on_settled is not None:
             self._tell(self._on_settled, charge, asked_at, settled=error is None)
         return error is None
@@ -230,9 +230,6 @@ class Settler:
             _report(charge, "the worker is being stopped")
             raise
         return None
-
-    def _queue(self) -> _Queue:
-        return self._queues.get(os.getpid()) or self._queues.setdefault(os.getpid(), _Queue())
 
     @staticmethod
     def _tell(on_settled: Callable[[Settlement], None], charge: _Charge, asked_at: float, *, settled: bool) -> None:
