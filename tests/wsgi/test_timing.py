@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 from client import PATH, environ
 
-from usage_middleware import MemoryTokenStore, SQLiteTokenStore, UsageMiddleware, bearer_key
+from usage_middleware import MemoryTokenStore, NewAPI, SQLiteTokenStore, UsageMiddleware, bearer_key
 from usage_middleware.keys import make_key
 
 REQUESTS = 10_000  # of each kind
@@ -75,7 +75,7 @@ def rank_sum_p(first, second):
     return math.erfc(abs(u - n_1 * n_2 / 2) / deviation / math.sqrt(2)) if deviation else 1.0
 
 
-def measure(app, keys, count, seed=1):
+def measure(app, keys, count, seed=1, path=PATH):
     """The seconds that a request with each key takes, by kind: ``count`` requests, in an order that nothing can guess.
 
     The requests of one key are one value, their median: where a key happens to lie in memory or in an index is no
@@ -90,7 +90,7 @@ def measure(app, keys, count, seed=1):
     try:
         for key in order:
             # Made anew, as a server makes it.
-            request = environ(path=PATH, HTTP_AUTHORIZATION=f"Bearer {key}")
+            request = environ(path=path, HTTP_AUTHORIZATION=f"Bearer {key}")
             begun = now()
             app(request, _start_response)
             seconds = now() - begun
@@ -133,14 +133,14 @@ def store(request, tmp_path):
 
 
 class Slower:
-    """A store that takes a little longer to answer for some keys."""
+    """A store's ``get`` that takes a little longer to answer for some keys."""
 
     def __init__(self, store, keys):
-        self._store = store
+        self._get = store.get
         self._keys = {key.removeprefix("sk-") for key in keys}
 
     def get(self, key):
-        token = self._store.get(key)
+        token = self._get(key)
         if key in self._keys:
             until = time.perf_counter() + SMALL
             while time.perf_counter() < until:
@@ -182,21 +182,26 @@ def test_a_difference_of_20_microseconds_is_found(store, full):
     assert found.high > SMALL
 
 
-# --- The endpoint
+# --- The endpoints
+
+OTHER_PATHS = [PATH + "/days", "/api/log/token", "/api/user/self", "/dashboard/billing/usage"]
 
 
-def test_a_refusal_does_not_show_how_long_the_store_took(store, full):
+@pytest.mark.parametrize("path", [PATH, *OTHER_PATHS])
+def test_a_refusal_does_not_show_how_long_the_store_took(store, path, full):
     keys = make_keys(store)
-    app = UsageMiddleware(host, Slower(store, keys["unknown too"]))
-    times = measure(app, keys, REQUESTS // KEYS if full else 3)
+    store.get = Slower(store, keys["unknown too"]).get
+    app = UsageMiddleware(host, store, new_api=NewAPI())
+    times = measure(app, keys, REQUESTS // KEYS if full else 3, path=path)
     assert not compare(times["unknown"], times["unknown too"]).tells_apart
 
 
-def test_time_tells_unknown_deleted_and_disabled_keys_not_apart(store, full):
+@pytest.mark.parametrize("path", [PATH, *OTHER_PATHS])
+def test_time_tells_unknown_deleted_and_disabled_keys_not_apart(store, path, full):
     if not full:
         pytest.skip("measured with --full")
     keys = make_keys(store)
-    times = measure(UsageMiddleware(host, store), keys, REQUESTS // KEYS)
+    times = measure(UsageMiddleware(host, store, new_api=NewAPI()), keys, REQUESTS // KEYS, path=path)
     print(f"\n{type(store).__name__}: unknown {statistics.median(times['unknown']) * 1e9:,.0f} ns")
     found = {kind: compare(times["unknown"], times[kind]) for kind in list(keys)[1:]}
     for kind, comparison in found.items():
