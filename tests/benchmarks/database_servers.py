@@ -46,7 +46,8 @@ def store_on_servers(tokens: int, rounds: int) -> Iterator[Result]:
     if missing := [package for package in _PACKAGES if importlib.util.find_spec(package) is None]:
         yield f"Database servers: left out, {' and '.join(missing)} is not installed"
         return
-    sys.path.append(str(Path(__file__).parent.parent))
+    support = Path(__file__).parents[1] / "support"
+    sys.path += [str(support), str(support / "servers")]
     import databases
     import pytest
 

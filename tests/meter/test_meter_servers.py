@@ -14,6 +14,7 @@ import pytest
 from llm_answers import CHAT_STREAM, USAGE_CHUNK, event
 from metered_front import COMMANDS, Front, body_so_far, leave, request
 from metered_rows import CHAT, FIXED, MOST, ROWS, STATED
+from places import TESTS
 from raw_service import WAIT
 
 pytestmark = [pytest.mark.servers, pytest.mark.slow]
@@ -135,8 +136,7 @@ def test_the_usage_is_asked_for(front):
 
 def test_a_file(front):
     key, token_id = front.token()
-    with open(__file__.replace("meter/test_meter_servers", "support/metered_app"), "rb") as file:
-        expected = file.read()
+    expected = (TESTS / "support" / "meter" / "metered_app.py").read_bytes()
     for cost, units in (("fixed", FIXED), ("llm", MOST)):
         assert front.ask(f"/direct/{cost}/file", key).body == expected
         assert front.settled(token_id, 1 if cost == "fixed" else 2)[-1].final_amount == units
