@@ -56,7 +56,7 @@ class Proxy:
         ``SSL_CERT_DIR`` name other authorities than those of the system.
     :param headers: request headers to send whatever the client sent, such as credentials for the service. Their values
         are in no ``repr`` and no log line.
-    :param connect_timeout: how many seconds opening the connection may take.
+    :param connect_timeout: how many seconds opening the connection may take, to each address of the host.
     :param read_timeout: how many seconds the service may send nothing while it is waited for.
     :raises TypeError, ValueError: an argument cannot be used.
 
@@ -78,6 +78,8 @@ class Proxy:
     502     ``bad_gateway``      the service cannot be reached, or its answer is not valid HTTP
     504     ``gateway_timeout``  the service does not answer in time
     ======  ===================  ===================================================================================
+
+    A server learns that its client has left when it sends it something, so a service that is silent works on meanwhile.
 
     If the service breaks off or falls silent after its answer has begun, iterating over the answer raises
     :exc:`UpstreamError`, and the server closes the client's connection. An answer with neither ``Content-Length`` nor
@@ -103,7 +105,7 @@ class Proxy:
         authority = f"[{self._hostname}]" if ":" in self._hostname else self._hostname
         port = "" if self._port == _PORTS[scheme] else f":{self._port}"
         self._host = authority + port
-        hosts = {authority, f"{authority}:{self._port}", self._replacements.get("host", ("", self._host))[1]}
+        hosts = {self._host, f"{authority}:{self._port}", self._replacements.get("host", ("", self._host))[1]}
         origin = "|".join(re.escape(f"{scheme}://{host}") for host in hosts)
         self._own_location = re.compile(rf"(?i:{origin}){re.escape(self._base)}(?=[/?#]|\Z)")
         # wsgiref and granian put the process's environment into each request's. An HTTP_PROXY there is not a header.

@@ -33,9 +33,11 @@ class Exchange:
     def __init__(self, connection: HTTPConnection, read_timeout: float) -> None:
         try:
             connection.connect()
-        except OSError as error:
+        except BaseException as error:
             connection.close()
-            raise UpstreamError(f"it cannot be connected to: {_reason(error)}") from error
+            if isinstance(error, OSError):
+                raise UpstreamError(f"it cannot be connected to: {_reason(error)}") from error
+            raise
         self._connection = connection
         self._socket: socket = connection.sock
         self._read_timeout = read_timeout
