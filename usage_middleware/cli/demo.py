@@ -8,12 +8,14 @@ import time
 from pathlib import Path
 
 import click
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
 from ..stores.sqlite.sqlite_store import SQLiteTokenStore
 from ..wsgi.endpoints.new_api import NewAPI
 from ..wsgi.endpoints.not_found import NotFound
 from ..wsgi.middleware import UsageMiddleware
 from .printing import echo, program
+from .sample_service import sample_service
 from .sample_use import PastClock, use
 from .serve import host_option, listen, port_option
 from .stopping import stop_in_order
@@ -48,13 +50,16 @@ def demo(host: str, port: int) -> None:
                 for title, shown in (("", key), ("unlimited", unlimited), ("expired", expired)):
                     comment = f"  # {title}" if title else ""
                     echo(f"  curl -H 'Authorization: Bearer {shown}' {url}/api/usage/token{comment}")
+                echo("\nSend a request that is charged, a quota unit for each character, and ask again:\n")
+                echo(f"  curl -H 'Authorization: Bearer {key}' -d hello {url}/shout")
                 echo("\nCharge it from another shell and ask again, or look at all tokens:\n")
                 echo(f"  {program()} charge --db {database} 1 1000")
                 echo(f"  {program()} list --db {database}\n")
                 echo("Ctrl-C stops the demonstration and removes its database.")
 
             if not stop.is_requested:
-                listen(UsageMiddleware(NotFound(), store, page="/", new_api=NewAPI()), host, port, ready, stop)
+                service = DispatcherMiddleware(NotFound(), {"/shout": sample_service(store)})
+                listen(UsageMiddleware(service, store, page="/", new_api=NewAPI()), host, port, ready, stop)
 
 
 COMMANDS = (demo,)
