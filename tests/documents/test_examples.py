@@ -67,6 +67,7 @@ LEGACY_PROXY = Program("legacy_proxy.py", page=(200, b"legacy service: GET / HTT
 PROGRAMS = (
     Program("flask_app.py", page=(200, b"Hello from Flask.")),
     Program("metered_flask.py", page=(404, b"<title>404 Not Found</title>")),
+    Program("idempotent_flask.py", page=(404, b"<title>404 Not Found</title>")),
     Program("django_project.py", page=(200, b"Hello from Django.")),
     Program("wrap_old_application.py", page=(200, b"Quinces")),
     Program(
