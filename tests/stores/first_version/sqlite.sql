@@ -1,0 +1,105 @@
+-- Made by make.py with the code of the first version. Never edited.
+BEGIN TRANSACTION;
+CREATE TABLE "_sqlite_migrations" (
+   "id" INTEGER PRIMARY KEY,
+   "migration_set" TEXT,
+   "name" TEXT,
+   "applied_at" TEXT
+);
+INSERT INTO "_sqlite_migrations" VALUES(1,'usage_middleware','tokens','2026-11-25 20:03:03.943847+00:00');
+INSERT INTO "_sqlite_migrations" VALUES(2,'usage_middleware','operations','2026-11-25 20:03:03.944101+00:00');
+CREATE TABLE model_usage (
+            token_id INTEGER NOT NULL,
+            model TEXT NOT NULL,
+            used INTEGER NOT NULL,
+            PRIMARY KEY (token_id, model)
+        ) STRICT, WITHOUT ROWID
+        ;
+INSERT INTO "model_usage" VALUES(1,'gpt-4o',130);
+INSERT INTO "model_usage" VALUES(2,'gpt-4o',305);
+INSERT INTO "model_usage" VALUES(3,'free',15);
+INSERT INTO "model_usage" VALUES(3,'gpt-4o',290);
+INSERT INTO "model_usage" VALUES(3,'模型',60);
+INSERT INTO "model_usage" VALUES(4,'gpt-4o',5000);
+INSERT INTO "model_usage" VALUES(11,'gpt-4o',320);
+CREATE TABLE operations (
+            number INTEGER PRIMARY KEY AUTOINCREMENT,
+            id TEXT NOT NULL UNIQUE,
+            token_id INTEGER NOT NULL,
+            kind TEXT NOT NULL CHECK (kind IN ('charge', 'reserve', 'refund', 'grant')),
+            amount INTEGER,
+            model TEXT,
+            held INTEGER NOT NULL CHECK (held >= 0),
+            unlimited INTEGER NOT NULL CHECK (unlimited IN (0, 1)),
+            expires_in REAL,
+            expires_at REAL,
+            final_amount INTEGER,
+            refund_of TEXT,
+            created_at REAL NOT NULL,
+            changed_at REAL NOT NULL
+        ) STRICT
+        ;
+INSERT INTO "operations" VALUES(3,'pruned/3',1,'charge',30,'gpt-4o',30,0,NULL,NULL,30,NULL,1794873600.0,1794873600.0);
+INSERT INTO "operations" VALUES(4,'pruned/4',1,'charge',7,NULL,5,0,NULL,NULL,7,NULL,1795176000.0,1795262400.0);
+INSERT INTO "operations" VALUES(5,'plain/charge',2,'charge',100,'gpt-4o',60,0,NULL,NULL,100,NULL,1795176000.0,1795262400.0);
+INSERT INTO "operations" VALUES(6,'00000000000000000000000000000001',2,'charge',50,NULL,50,0,NULL,NULL,50,NULL,1795176000.0,1795176000.0);
+INSERT INTO "operations" VALUES(7,'plain/settled',2,'reserve',30,'gpt-4o',45,0,600.0,1795176600.0,45,NULL,1795176000.0,1795262400.0);
+INSERT INTO "operations" VALUES(8,'plain/released',2,'reserve',25,NULL,0,0,3600.0,1795179600.0,NULL,NULL,1795176000.0,1795262400.0);
+INSERT INTO "operations" VALUES(9,'limits/charge',3,'charge',200,'gpt-4o',200,0,NULL,NULL,200,NULL,1795176000.0,1795176000.0);
+INSERT INTO "operations" VALUES(10,'limits/模型',3,'charge',60,'模型',60,0,NULL,NULL,60,NULL,1795176000.0,1795176000.0);
+INSERT INTO "operations" VALUES(11,'unlimited/charge',4,'charge',5000,'gpt-4o',5000,1,NULL,NULL,5000,NULL,1795176000.0,1795176000.0);
+INSERT INTO "operations" VALUES(12,'unlimited/open',4,'reserve',300,NULL,300,1,2592000.0,1797768000.0,NULL,NULL,1795176000.0,1795176000.0);
+INSERT INTO "operations" VALUES(13,'toggled/charge',5,'charge',40,NULL,40,1,NULL,NULL,40,NULL,1795176000.0,1795176000.0);
+INSERT INTO "operations" VALUES(14,'toggled/open',5,'reserve',60,NULL,60,1,2592000.0,1797768000.0,NULL,NULL,1795176000.0,1795176000.0);
+INSERT INTO "operations" VALUES(15,'deleted/charge',6,'charge',70,NULL,70,0,NULL,NULL,70,NULL,1795176000.0,1795176000.0);
+INSERT INTO "operations" VALUES(16,'deleted/open',6,'reserve',80,'gpt-4o',80,0,2592000.0,1797768000.0,NULL,NULL,1795176000.0,1795176000.0);
+INSERT INTO "operations" VALUES(17,'rotated/charge',7,'charge',5,NULL,5,0,NULL,NULL,5,NULL,1795176000.0,1795176000.0);
+INSERT INTO "operations" VALUES(18,'moved/charge',11,'charge',20,'gpt-4o',20,0,NULL,NULL,20,NULL,1795176000.0,1795176000.0);
+INSERT INTO "operations" VALUES(19,'plain/refund',2,'refund',40,'gpt-4o',0,0,NULL,NULL,40,'plain/charge',1795262400.0,1795262400.0);
+INSERT INTO "operations" VALUES(20,'00000000000000000000000000000002',1,'grant',5,NULL,0,0,NULL,NULL,5,NULL,1795262400.0,1795262400.0);
+INSERT INTO "operations" VALUES(21,'00000000000000000000000000000003',5,'grant',-10,NULL,0,0,NULL,NULL,-10,NULL,1795262400.0,1795262400.0);
+INSERT INTO "operations" VALUES(22,'plain/next day',2,'charge',10,NULL,10,0,NULL,NULL,10,NULL,1795262400.0,1795262400.0);
+INSERT INTO "operations" VALUES(23,'plain/open',2,'reserve',200,'gpt-4o',200,0,2592000.0,1797854400.0,NULL,NULL,1795262400.0,1795262400.0);
+INSERT INTO "operations" VALUES(24,'plain/lapsed',2,'reserve',70,NULL,70,0,3600.0,1795266000.0,NULL,NULL,1795262400.0,1795262400.0);
+INSERT INTO "operations" VALUES(25,'limits/open',3,'reserve',90,'gpt-4o',90,0,2592000.0,1797854400.0,NULL,NULL,1795262400.0,1795262400.0);
+INSERT INTO "operations" VALUES(26,'limits/lapsed',3,'reserve',15,'free',15,0,3600.0,1795266000.0,NULL,NULL,1795262400.0,1795262400.0);
+INSERT INTO "operations" VALUES(27,'overdrawn/settled',9,'reserve',900,NULL,1300,0,600.0,1795263000.0,1300,NULL,1795262400.0,1795262400.0);
+INSERT INTO "operations" VALUES(28,'disabled/charge',8,'charge',1,NULL,1,0,NULL,NULL,1,NULL,1795262400.0,1795262400.0);
+INSERT INTO "operations" VALUES(29,'00000000000000000000000000000004',1,'refund',2,NULL,0,0,NULL,NULL,2,'pruned/4',1795262400.0,1795262400.0);
+CREATE TABLE retired_keys (digest BLOB PRIMARY KEY) STRICT, WITHOUT ROWID;
+INSERT INTO "retired_keys" VALUES(X'0701B1495A306129BDFCD14CB4F1D455624170F0AB0E7F01A2C76D9BDC1B14B8');
+INSERT INTO "retired_keys" VALUES(X'7D43C57DC62EBFDDB1B3A3F8D7ADF8101AD56FFB9C169A49F82DCDD4F1833D39');
+INSERT INTO "retired_keys" VALUES(X'9E2EC568A737213EB8E1B7434F88F9ADBB45CFCC7E3E3BBAF03948CED796CE62');
+CREATE TABLE tokens (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            digest BLOB NOT NULL UNIQUE,
+            hint TEXT NOT NULL,
+            name TEXT NOT NULL,
+            total_available INTEGER NOT NULL,
+            total_used INTEGER NOT NULL,
+            unlimited_quota INTEGER NOT NULL CHECK (unlimited_quota IN (0, 1)),
+            model_limits TEXT NOT NULL,
+            model_limits_enabled INTEGER NOT NULL CHECK (model_limits_enabled IN (0, 1)),
+            expires_at INTEGER NOT NULL,
+            enabled INTEGER NOT NULL CHECK (enabled IN (0, 1)),
+            created_at INTEGER NOT NULL
+        ) STRICT
+        ;
+INSERT INTO "tokens" VALUES(1,X'6861C732E0821D596755D7A0B56540FCFA79B4D53D486F58EB6248A11D1453F9','sion','pruned',860,145,0,'{}',0,0,1,1794700800);
+INSERT INTO "tokens" VALUES(2,X'AE4D3ED58E90C5B56C85BE046D0FFD2CBDA50CD6B133B2B24B3CCC91C8C6D536','sion','plain',565,435,0,'{}',0,0,1,1794700800);
+INSERT INTO "tokens" VALUES(3,X'B07B0D78418DF51AE3336DB2B1FF2A81660749387BAAAA4BF70B779B0287A348','sion','limits',635,365,0,'{"gpt-4o":500,"free":true,"模型":60}',1,0,1,1794700800);
+INSERT INTO "tokens" VALUES(4,X'DC66F448C6D67087F14C1106BF2323AF7FF6DD2C73F3EB4D1473F4101645D5D6','sion','unlimited',7,5300,1,'{}',0,0,1,1794700800);
+INSERT INTO "tokens" VALUES(5,X'D7B954D033F03A1FD87127F4611DCD9E46C4686EF1652BCA4203952990573515','sion','toggled',990,100,0,'{}',0,0,1,1794700800);
+INSERT INTO "tokens" VALUES(7,X'0E1B5F9E142F5A098EE2FD6024B5EBBDEADDA4FEACF265DB0359E2753E4294E2','0001','rotated',995,5,0,'{}',0,0,1,1794700800);
+INSERT INTO "tokens" VALUES(8,X'6289C7A5EA6C8C1646570B792808D607DE2C5C60617BDB3A8091F97F5DF157F0','sion','disabled',999,1,0,'{}',0,1803772800,0,1794700800);
+INSERT INTO "tokens" VALUES(9,X'A2B47F4F4F88BD26936A1F73C6EA46F202CA60E25D6D66A3F8EBD308B95660D1','sion','overdrawn',-300,1300,0,'{}',0,0,1,1794700800);
+INSERT INTO "tokens" VALUES(10,X'A1B7BC5226819A29D6733CA748E1E58F00D3BF808E03E7118A655A23A7B6BC5D','sion','unused',1000,0,0,'{"gpt-4o":true}',0,0,1,1794700800);
+INSERT INTO "tokens" VALUES(11,X'89F7B2B77EC19DE92623F396FD999AE11F0B1A7B1E97FE3A3C78DFF5223D6792','','moved',480,520,0,'{}',0,0,1,1787356800);
+CREATE UNIQUE INDEX "idx__sqlite_migrations_migration_set_name"
+    ON "_sqlite_migrations" ("migration_set", "name");
+CREATE INDEX operations_of_token ON operations (token_id, number);
+CREATE INDEX open_reservations ON operations (token_id, expires_at) WHERE final_amount IS NULL AND held > 0;
+DELETE FROM "sqlite_sequence";
+INSERT INTO "sqlite_sequence" VALUES('tokens',12);
+INSERT INTO "sqlite_sequence" VALUES('operations',29);
+COMMIT;
