@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import sqlite3
@@ -24,6 +23,7 @@ from typing import NamedTuple
 import pytest
 from places import EXAMPLES
 from ports import free_port
+from programs import find_program
 from waiting import until_listening, until_logged
 from werkzeug.exceptions import NotFound
 from werkzeug.test import Client
@@ -245,8 +245,8 @@ def test_another_path_is_the_wrapped_application(example: Running) -> None:
     assert ("Access-Control-Allow-Origin" in answer.headers) == (status == 401)
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_the_printed_command(example: Running) -> None:
+    find_program("curl", "curl")
     # Whatever proxy the machine uses, it does not lead to this loopback.
     environment = {**os.environ, "no_proxy": "127.0.0.1"}
     done = subprocess.run(shlex.split(example.command), env=environment, stdout=subprocess.PIPE, timeout=10, check=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -13,12 +12,10 @@ from contextlib import contextmanager
 import pytest
 from places import EXAMPLES
 from ports import free_port
+from programs import find_program
 from waiting import until_listening, until_logged
 
-pytestmark = [
-    pytest.mark.servers,
-    pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl"),
-]
+pytestmark = pytest.mark.servers
 
 GRANTED = 1_000_000
 
@@ -26,6 +23,7 @@ GRANTED = 1_000_000
 @contextmanager
 def running(name, tmp_path):
     """The commands that a program prints, while it is running."""
+    find_program("curl", "curl")
     port = free_port()
     environment = {**os.environ, "PYTHONWARNINGS": "default::ResourceWarning"}
     for variable in ("USAGE_MIDDLEWARE_DB", "UPSTREAM_URL", "UPSTREAM_KEY"):

@@ -10,7 +10,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
 from client import PATH
 from ports import free_port
 from processes import python
@@ -207,7 +206,6 @@ def test_a_storage_that_hangs_holds_up_one_request_and_no_flood(clock, server, c
 
 
 def test_a_storage_that_is_down_at_the_start_does_no_harm(clock, tmp_path, caplog):
-    pytest.importorskip("redis")
     app = make_app(storage=f"redis://:canary@127.0.0.1:{free_port()}")
     assert statuses(app, 10) == [401] * 10
     assert len(caplog.records) == 1

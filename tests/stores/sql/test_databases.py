@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 
 import databases
+import programs
 import pytest
 from places import ROOT, TESTS
 from sqlalchemy import NullPool, create_engine
@@ -118,9 +119,9 @@ def test_nothing_is_left_of_a_session_that(end, status, postgresql, mariadb, tmp
 
 
 def test_a_program_that_is_missing_skips_the_test_or_fails_it(monkeypatch):
-    monkeypatch.delenv(databases.NOTHING_SKIPPED, raising=False)
+    monkeypatch.delenv(programs.NOTHING_SKIPPED, raising=False)
     with pytest.raises(pytest.skip.Exception, match="install Debian's package of-it"):
-        databases.find_program("no-such-program", "of-it")
-    monkeypatch.setenv(databases.NOTHING_SKIPPED, "1")
+        programs.find_program("no-such-program", "of-it")
+    monkeypatch.setenv(programs.NOTHING_SKIPPED, "1")
     with pytest.raises(pytest.fail.Exception, match="install Debian's package of-it"):
-        databases.find_program("no-such-program", "of-it")
+        programs.find_program("no-such-program", "of-it")

@@ -21,12 +21,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import psutil
-import pytest
 from ports import free_port
+from programs import find_program
 from sqlalchemy import URL, NullPool, create_engine, inspect
 from sqlalchemy.exc import OperationalError
-
-NOTHING_SKIPPED = "USAGE_MIDDLEWARE_TEST_NOTHING_SKIPPED"
 
 # The administrator makes the databases; the application has them, and may do nothing else on the server. The password
 # has what a URL must quote.
@@ -45,21 +43,6 @@ read -r _
 if [ -f "$1/pid" ]; then kill -s "$2" "$(cat "$1/pid")"; fi
 until rm -rf "$1"; do sleep 0.1; done
 """
-
-
-def find_program(name: str, package: str) -> str:
-    """The path of a program that a test needs. Where it is missing, the test is skipped, or fails if none may be.
-
-    :param package: the Debian package that has it.
-    """
-    # Debian keeps servers where the path of an ordinary user does not lead.
-    found = shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"]))
-    if found is None:
-        reason = f"needs {name}: install Debian's package {package}"
-        if os.environ.get(NOTHING_SKIPPED):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return found
 
 
 class Server:

@@ -11,7 +11,9 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from databases import APPLICATION, PASSWORD, find_program, free_port
+from databases import APPLICATION, PASSWORD
+from ports import free_port
+from programs import find_program
 from sqlalchemy import make_url
 
 _STARTS_WITHIN = 30  # seconds

@@ -1,12 +1,11 @@
 """Redis and Memcached servers on the loopback interface."""
 
 import os
-import shutil
 import subprocess
 from contextlib import contextmanager
 
-import pytest
 from ports import free_port
+from programs import find_program
 from waiting import until_listening
 
 
@@ -42,7 +41,7 @@ class StorageServer:
             self.process = None
 
 
-PROGRAMS = {"redis": "redis-server", "memcached": "memcached"}
+PROGRAMS = {"redis": ("redis-server", "redis-server"), "memcached": ("memcached", "memcached")}  # and their packages
 
 
 CLIENTS = {"redis": "redis", "memcached": "pymemcache"}
@@ -50,10 +49,7 @@ CLIENTS = {"redis": "redis", "memcached": "pymemcache"}
 
 @contextmanager
 def storage_server(name, directory):
-    program = PROGRAMS[name]
-    pytest.importorskip(CLIENTS[name])
-    if shutil.which(program) is None:
-        pytest.skip(f"{program} is not installed")
+    find_program(*PROGRAMS[name])
     server = StorageServer(name, directory)
     try:
         server.start()
