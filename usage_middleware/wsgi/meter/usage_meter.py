@@ -72,8 +72,8 @@ class UsageMeter:
     :raises ImportError: there is a ``throttle``, and ``limits`` is not installed.
 
     The application finds ``usage_middleware.token`` (as it was before the request), ``usage_middleware.operation_id``
-    and ``usage_middleware.charge`` in ``environ``. To call the last with a number of quota units states the cost of the
-    request, whatever ``cost`` would have found out.
+    and ``usage_middleware.charge`` in ``environ``. It may call the last with a number of quota units: that is then the
+    cost of the request, whatever ``cost`` finds out.
 
     ``OPTIONS`` passes unmetered, as browsers send it without a key. Answers pass through as they come, chunk by chunk.
     ``Accept-Encoding`` is narrowed to gzip, or identity for a client that does not take it, because nothing else can
@@ -163,6 +163,7 @@ class UsageMeter:
         try:
             iterable = self.app(environ, answer.start)
             if _is_file(iterable, environ) and answer.settle_early():
+                close_request_body(environ)
                 return iterable
             return answer.wrap(iterable, read_body(environ))
         except BaseException:
@@ -270,7 +271,7 @@ def _checked_name(model: str | None) -> str | None:
     """
     if model is not None:
         try:
-            check_text("the model", model)
+            check_text("The model", model)
         except ValueError as error:
-            raise Refused("400", message=f"{error}.".replace("the", "The", 1)) from None
+            raise Refused("400", message=f"{error}.") from None
     return model
