@@ -12,6 +12,7 @@ import pytest
 from command import KEY, SCRIPT, run, run_json
 
 from usage_middleware import SQLiteTokenStore
+from usage_middleware.cli import printing
 
 # Two stores over an SQLite file, as a package may bring them. One loses an answer: a call is committed and fails all
 # the same, for as long as a file is there. The other can be written and not read any more, once it was written.
@@ -136,6 +137,22 @@ def test_the_idempotency_key_that_was_given_is_the_one_to_repeat_by(db, brought)
     Path("lossy").touch()
     _, err = script("--db", f"lossy://{db}", "charge", 1, 5, "--idempotency-key", "an order's", status=2)
     assert "--idempotency-key 'an order'\"'\"'s'" in err
+
+
+@pytest.mark.parametrize(
+    ("database", "shown"),
+    [
+        ("tokens.db", "--db {here}/tokens.db"),
+        ("/srv/some tokens.db", "--db '/srv/some tokens.db'"),
+        ("shelf://tokens.db", "--db shelf://tokens.db"),
+        ("postgresql://user:canary@host/name", "--db DATABASE"),
+        ("postgresql://host/name?password=canary", "--db DATABASE"),
+    ],
+)
+def test_the_command_names_the_database_from_whichever_directory(tmp_path, monkeypatch, database, shown):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("usage_middleware.cli.printing.typed_database", lambda: database)
+    assert printing.command("grant", 1, -5) == f"usage-middleware grant 1 -5 {shown.format(here=tmp_path)}"
 
 
 def test_a_database_that_the_environment_names_is_not_named_again(db, brought, monkeypatch):

@@ -70,8 +70,8 @@ def committed(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, _CannotPrint) as error:
-        reason = error.message if isinstance(error, _CannotPrint) else str(_CannotPrint(error).message)
-        raise click.ClickException(f"{reason}; but {what}") from None
+        reason = error if isinstance(error, _CannotPrint) else _CannotPrint(error)
+        raise click.ClickException(f"{reason.message}; but {what}") from None
 
 
 @contextmanager
@@ -99,10 +99,15 @@ def repeatable(*words: object) -> AbstractContextManager[None]:
 def command(*words: object) -> str:
     """Return a command of this program as a shell takes it, from whichever directory."""
     database = typed_database()
-    # A password in a URL is not shown.
-    known = database is None or "://" not in database or "@" not in database
-    options = [] if database is None else ["--db", database if known else "DATABASE"]
+    options = [] if database is None else ["--db", _shown(database)]
     return " ".join([program(), *(shlex.quote(str(word)) for word in (*words, *options))])
+
+
+def _shown(database: str) -> str:
+    if "://" not in database:
+        return os.path.abspath(database)
+    # What may hold a password is not shown.
+    return "DATABASE" if "@" in database or "?" in database else database
 
 
 def program() -> str:
