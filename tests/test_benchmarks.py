@@ -58,6 +58,7 @@ SIZE = {
     "--writers": 3,
     "--charges": 5,
     "--import-tokens": 100,
+    "--operations": 500,
 }
 
 # The rows of each table, and the budgets of those that have one.
@@ -90,6 +91,8 @@ TABLES = [
     ),
     *[(["reserve and settle by hand", "UsageMeter"], {"UsageMeter": 1.2})] * 2,
     (["5 microseconds", *EVENTS], dict.fromkeys(EVENTS, 1.0)),
+    (["by hand: one query, one json.dumps", OURS], {}),
+    ([*(f"page {number} of 100 rows" for number in (1, 500, 999)), "no page: 1,000 rows"], {}),
     *[
         *[(["by hand: one look-up", "SQLAlchemyTokenStore.get", "UsageMiddleware, SQLAlchemyTokenStore"], {})] * 2,
         *[(["by hand", "SQLAlchemyTokenStore.charge"], {})] * 2,

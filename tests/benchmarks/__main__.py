@@ -33,7 +33,7 @@ _COUNT = click.IntRange(min=1)
     "--long-rounds",
     default=3,
     type=_COUNT,
-    help="How often to compare frameworks, token counts, threads, HTTP, proxies, database servers.",
+    help="How often to compare frameworks, token counts, threads, HTTP, proxies, histories, database servers.",
 )
 @click.option("--tokens", default=100_000, type=_COUNT, help="How many the database has.")
 @click.option(
@@ -49,6 +49,7 @@ _COUNT = click.IntRange(min=1)
 @click.option("--writers", default=64, type=_COUNT, help="How many processes charge at once.")
 @click.option("--charges", default=50, type=_COUNT, help="How often each of them does.")
 @click.option("--import-tokens", default=100_000, type=_COUNT, help="How many the part 'import' imports.")
+@click.option("--operations", default=1_000_000, type=_COUNT, help="How many the token of the part 'histories' has.")
 @click.option(
     "--plots",
     "plots_directory",

@@ -24,6 +24,7 @@ from calling import (
 from charging import durable_charge, slowest_charge
 from comparing import Contender, Result, compare
 from database_servers import store_on_servers
+from histories import days_of_a_year, pages_of_a_log
 from importing import import_of_a_file
 from metered import metered_events, metered_request
 from peers import BARE_FLASK, DJANGO, FASTAPI, FASTAPI_ASYNC, FLASK, FLASK_SQLALCHEMY, OURS, hand_written, present
@@ -54,6 +55,7 @@ class Options:
     writers: int
     charges: int
     import_tokens: int
+    operations: int
 
 
 def _pass_through(options: Options) -> Iterator[Result]:
@@ -178,6 +180,10 @@ PARTS: dict[str, tuple[Callable[[Options], Iterator[Result]], ...]] = {
     "metered": (
         lambda options: metered_request(options.rounds),
         lambda options: metered_events(options.rounds),
+    ),
+    "histories": (
+        lambda options: days_of_a_year(options.long_rounds),
+        lambda options: pages_of_a_log(options.operations, options.long_rounds),
     ),
     "servers": (lambda options: store_on_servers(options.tokens, options.long_rounds),),
     "import": (lambda options: import_of_a_file(options.import_tokens),),
