@@ -2,6 +2,7 @@
 
 import pytest
 from command import run, run_json
+from places import ROOT
 
 from usage_middleware.cli import commands
 
@@ -129,6 +130,8 @@ def test_every_command_and_every_option_explains_itself(name):
     assert run(name, "--help")[0].startswith(f"Usage: usage-middleware {name} ")
 
 
-def test_the_readme_names_every_command(readme):
+def test_the_documentation_that_the_readme_links_has_every_command(readme):
+    assert "(docs/command.md)" in readme
+    page = (ROOT / "docs" / "command.md").read_text(encoding="utf-8")
     for name in commands.commands:
-        assert f"usage-middleware {name}" in readme or f"`{name}`" in readme
+        assert f"## `{name}`\n" in page
