@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
+from datetime import datetime, timedelta, timezone
+
 import pytest
 from client import call, environ
 from raw_service import answering, serving
@@ -122,6 +126,19 @@ def test_an_llm_client_may_send_its_key_as_it_does(store):
         app = application(f"--upstream {service.url} --llm --reserve 500")
         assert ask(app, key=None, HTTP_X_API_KEY="sk-" + "k" * 48).status == 200
         assert "X-Api-Key" not in dict(service.result()[1])
+
+
+def test_a_stream_is_asked_for_its_usage_and_charged_to_its_model(store):
+    today = datetime.now(timezone.utc).date()
+    event = b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":5}}\n\ndata: [DONE]\n\n'
+    body = b'{"model":"mini-1","stream":true,"messages":[]}'
+    with serving(answering(response(event, b"Content-Type: text/event-stream"))) as service:
+        app = application(f"--upstream {service.url} --llm --reserve 500")
+        sent = {"CONTENT_TYPE": "application/json", "CONTENT_LENGTH": str(len(body)), "wsgi.input": io.BytesIO(body)}
+        assert ask(app, method="POST", **sent).body == b"data: [DONE]\n\n"
+        assert json.loads(service.result()[2])["stream_options"] == {"include_usage": True}
+    (usage,) = store.usage_by_day(1, today - timedelta(days=1), today)
+    assert (usage.model, usage.used) == ("mini-1", 12)
 
 
 APP = """
