@@ -385,7 +385,9 @@ def test_a_database_without_the_table(kind, url):
             if statement:
                 with create_engine(url, poolclass=NullPool).begin() as connection:
                     connection.execute(text(statement))
-            with pytest.raises(StoreError, match="is no database of new-api: it has no table 'tokens' with") as error:
+            with pytest.raises(
+                StoreError, match="is not a database of new-api: it has no table 'tokens' with"
+            ) as error:
                 store.get(KEY)
             assert "p%40ss" not in str(error.value)
         with create_engine(url, poolclass=NullPool).begin() as connection:

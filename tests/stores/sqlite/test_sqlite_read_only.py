@@ -48,7 +48,7 @@ def test_a_read_only_store_makes_no_tables(path, statement):
         for use in (lambda: reader.get("no-such-key"), reader.create):
             with pytest.raises(StoreError):
                 use()
-        with pytest.raises(StoreError, match="has not all tables"):
+        with pytest.raises(StoreError, match="has no tables of usage-middleware"):
             reader.get("no-such-key")
         assert status(reader, "no-such-key") == 503
     make_database(path)

@@ -161,8 +161,8 @@ class NewAPITokenStore:
             queries = self._queries = self._database.look(make_queries)
         if queries is None:
             raise StoreError(
-                f"{self._database.name} is no database of new-api: it has no table 'tokens' with the columns "
-                + ", ".join(NEEDED)
+                f"{self._database.name} is not a database of new-api: it has no table 'tokens' with the columns "
+                f"{', '.join(NEEDED)}, or a view 'tokens' or 'users'"
             )
         return queries
 

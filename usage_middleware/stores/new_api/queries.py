@@ -81,6 +81,8 @@ class Queries(NamedTuple):
 def make_queries(connection: Connection) -> Queries | None:
     """Return what this database can be asked; ``None``: it is not one of new-api."""
     inspector = inspect(connection)
+    if {"tokens", "users"} & _views(inspector):
+        return None
     token_columns = _columns(inspector, "tokens")
     user_columns = _columns(inspector, "users")
     if not token_columns.keys() >= set(_TOKENS.needed):
@@ -111,7 +113,7 @@ def make_queries(connection: Connection) -> Queries | None:
 
 def _log(inspector: Inspector) -> Select[Any] | None:
     there = _columns(inspector, "logs")
-    if not there.keys() >= set(_LOGS.needed):
+    if not there.keys() >= set(_LOGS.needed) or "logs" in _views(inspector):
         return None
     # An operator's database, of many millions of rows: a holder's question must not read them all.
     if not any(index["column_names"][:1] == ["token_id"] for index in inspector.get_indexes("logs")):
@@ -128,6 +130,12 @@ def _log(inspector: Inspector) -> Select[Any] | None:
         .limit(bindparam("size"))
         .offset(bindparam("skipped"))
     )
+
+
+def _views(inspector: Inspector) -> set[str]:
+    """Return the names of the views of an SQLite file, in lower case. To read one may take for ever, and no server with
+    its limits stands between; new-api has none."""
+    return {name.lower() for name in inspector.get_view_names()} if inspector.dialect.name == "sqlite" else set()
 
 
 def _columns(inspector: Inspector, name: str) -> dict[str, Any]:

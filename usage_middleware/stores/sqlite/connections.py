@@ -24,6 +24,11 @@ _CHECK_INTERVAL: Final = 1.0  # seconds in which readers do not look whether the
 _PAUSE: Final = 0.004
 _NEW_FILE: Final = stat.S_IFREG | 0o660
 
+_NOT_READABLE: Final = {
+    "none": "has no tables of usage-middleware; it may be another program's",
+    "earlier": "has the tables of an earlier version of usage-middleware; open it once for writing",
+}
+
 _Result = TypeVar("_Result")
 
 
@@ -160,17 +165,18 @@ class Connections:
         """Put a connection into a box and begin a transaction on it."""
         since = 0.0
         while True:
+            is_lent = False
             try:
                 self._lend(pool, box, write=True)
+                is_lent = True
                 # IMMEDIATE, as a deferred transaction that turns into a write fails at once if another has written
                 # meanwhile, however long one waits (sqlite.org/lang_transaction.html, section 2.2).
                 box[0].connection.execute("BEGIN IMMEDIATE")
                 return
             except sqlite3.Error as error:
                 is_transient = sqlite_errors.is_busy(error)
-                # A fork need not wait for it meanwhile.
-                if is_transient and box:
-                    pool.take_back(box)
+                if is_lent and is_transient:
+                    pool.take_back(box)  # so that a fork need not wait for it
                 close_all(box)
                 since = self._wait(error, since, is_transient=is_transient)
 
@@ -228,19 +234,16 @@ class Connections:
         self._open(pool, box)
         connection = box[0].connection
         try:
-            connection.execute("BEGIN")
-            current = sqlite_schema.is_current(connection)
-            connection.execute("ROLLBACK")
-            if not current:
+            state = sqlite_schema.state(connection)
+            if state != "current":
                 if self._read_only:
-                    raise StoreError("has not all tables of this version; open it once for writing")
+                    raise StoreError(_NOT_READABLE[state])
                 _use_write_ahead_log(connection)
                 sqlite_schema.migrate(connection)
         except StoreError as error:
+            if self._read_only and reading.has_changed(box[0]):
+                raise sqlite3.OperationalError("database is locked") from error
             raise StoreError(f"{self._path} {error}") from error.__cause__
-        except sqlite3.Error:
-            close_all(box)
-            raise
         pool.existed = True
         pool.file = file
 
@@ -253,9 +256,6 @@ class Connections:
                 connection.execute(f"PRAGMA synchronous = {self._synchronous}")
         except OSError as error:
             raise self._explained(error) from error
-        except sqlite3.Error:
-            close_all(box)
-            raise
 
     def _is_transient(self, error: sqlite3.Error, box: Box) -> bool:
         """Return whether another attempt may succeed."""
@@ -276,14 +276,15 @@ class Connections:
         now = time.monotonic()
         since = since or now
         if now - since >= self._timeout:
-            raise sqlite_errors.locked(self._path, self._timeout) from error
+            is_busy = sqlite_errors.is_busy(error)
+            raise (sqlite_errors.locked(self._path, self._timeout) if is_busy else self._explained(error)) from error
         time.sleep(_PAUSE * random.uniform(0.5, 1.5))
         return since
 
     def _explained(self, error: Exception) -> StoreError:
         pool = self._pools.peek()
-        is_expected = self._read_only or (pool is not None and pool.existed)
-        return sqlite_errors.explained(self._path, error, is_expected=is_expected)
+        intent: sqlite_errors.Intent = "write" if pool is not None and pool.existed else "make"
+        return sqlite_errors.explained(self._path, error, "read" if self._read_only else intent)
 
 
 def _make_file(path: str) -> None:

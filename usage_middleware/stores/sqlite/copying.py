@@ -29,5 +29,5 @@ def temporary_copy(path: str) -> Iterator[str]:
         try:
             reading.look(path, copy)
         except sqlite3.Error as error:
-            raise sqlite_errors.explained(path, error, is_expected=True) from error
+            raise sqlite_errors.explained(path, error, "read") from error
         yield target

@@ -81,10 +81,22 @@ def is_wrong(reader: Handle, error: Exception) -> bool:
     if reader.frozen is not None:
         # Half of it as it was and half as it is now may look like a damaged file.
         return has_changed(reader)
-    beside = [f"{reader.path}-wal", f"{reader.path}-shm"]
-    return "unable to open" in str(error) and all(
-        os.access(file, os.R_OK) or not os.path.exists(file) for file in beside
-    )
+    if "unable to open" in str(error):
+        return _may_read(f"{reader.path}-wal") and _may_read(f"{reader.path}-shm")
+    # The index of a log is being made. In another mode a journal was left, and stays until a program may write.
+    return "readonly" in str(error) and _was_wal(reader.path)
+
+
+def _was_wal(path: str) -> bool:
+    try:
+        return is_wal(path)
+    except OSError:  # the file was taken away
+        return True
+
+
+def _may_read(file: str) -> bool:
+    """Return whether this process may read a file, which may come and go; also if there is none."""
+    return any(os.access(file, os.R_OK) or not os.path.exists(file) for _ in range(5))
 
 
 def look(path: str, work: Callable[[sqlite3.Connection], _Result]) -> _Result:

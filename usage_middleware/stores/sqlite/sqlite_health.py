@@ -25,7 +25,7 @@ def findings(path: str) -> Iterator[Finding]:
     try:
         mode, damage = reading.look(path, _examine)
     except sqlite3.Error as error:
-        raise sqlite_errors.explained(path, error, is_expected=True) from error
+        raise sqlite_errors.explained(path, error, "read") from error
     # A connection that leaves no log behind does not know of one either.
     if reading.is_wal(path):
         yield ok("journal mode is WAL")

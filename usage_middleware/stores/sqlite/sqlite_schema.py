@@ -6,6 +6,7 @@ Each step is one that a database may have gone through, so it is never edited, o
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Sequence
 
 from sqlite_utils import Database
 
@@ -197,6 +198,8 @@ def _log(connection: sqlite3.Connection) -> None:
 def _version(connection: sqlite3.Connection) -> int:
     database = _database(connection)
     tables = database.table_names()
+    # Whatever the file says of itself: to read a view may take for ever.
+    _refuse("view", database.view_names())
     if "usage_schema" in tables:
         row = connection.execute("SELECT max(version) FROM usage_schema").fetchone()
         return int(row[0] or 0)
@@ -205,10 +208,14 @@ def _version(connection: sqlite3.Connection) -> int:
         applied = int(connection.execute(query).fetchone()[0])
         if applied:
             return applied
-    for name in (*tables, *database.view_names()):
-        if name.lower() in _TABLES:
-            raise WrongTables(f"has a table {name!r} that usage-middleware did not make; choose another file")
+    _refuse("table", tables)
     return 0
+
+
+def _refuse(kind: str, names: Sequence[str]) -> None:
+    for name in names:
+        if name.lower() in _TABLES:
+            raise WrongTables(f"has a {kind} {name!r} that usage-middleware did not make; choose another file")
 
 
 def _record(connection: sqlite3.Connection, version: int) -> None:
@@ -225,19 +232,10 @@ SCHEMA: Schema[sqlite3.Connection] = Schema(
 )
 
 
-def is_current(connection: sqlite3.Connection) -> bool:
-    """Return whether the database has every table in its newest form. Reads only.
-
-    :param connection: has a transaction open, as it takes two reads, and another process may migrate between them.
-    :raises WrongTables: the database was made by a newer version, or by something else.
-    """
-    return SCHEMA.is_current(connection)
-
-
 def state(connection: sqlite3.Connection) -> TablesState:
     """Return whether the database has tables of ours, and whether they are those of this version. Reads only.
 
-    :raises WrongTables: as :func:`is_current`.
+    :raises WrongTables: the database was made by a newer version, or by something else.
     """
     # It takes two reads, and another process may migrate between them.
     connection.execute("BEGIN")

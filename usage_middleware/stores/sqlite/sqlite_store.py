@@ -154,7 +154,7 @@ class SQLiteTokenStore(QuotaStore):
         except WrongTables as error:
             raise StoreError(f"{self._path} {error}") from None
         except sqlite3.Error as error:
-            raise sqlite_errors.explained(self._path, error, is_expected=True) from error
+            raise sqlite_errors.explained(self._path, error, "read") from error
 
     def taken(self, digests: Sequence[bytes]) -> set[bytes]:
         return {digest for digest in digests if self._connections.read(statements.TAKEN, (digest, digest))}
