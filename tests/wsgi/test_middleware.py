@@ -283,7 +283,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import assert_type
 
-from usage_middleware import MemoryTokenStore, QuotaStore, SQLiteTokenStore, Token, TokenStore
+from usage_middleware import MemoryTokenStore, NewAPI, QuotaStore, SQLiteTokenStore, Token, TokenStore
 from usage_middleware import UsageMiddleware, bearer_key
 
 if TYPE_CHECKING:
@@ -340,6 +340,12 @@ UsageMiddleware(app, tokens, allow_origins=frozenset(("https://app.example",)))
 UsageMiddleware(app, tokens, allow_origins=())
 UsageMiddleware(app, tokens, allow_origins=None)  # type: ignore[arg-type]
 UsageMiddleware(app, tokens, throttle="20 per 20 minutes", throttle_storage="redis://localhost:6379")
+UsageMiddleware(app, tokens, new_api=NewAPI())
+UsageMiddleware(app, tokens, new_api=NewAPI(quota_per_unit=1000, display="TOKENS", system_name="Gateway"))
+UsageMiddleware(app, tokens, new_api=None)
+UsageMiddleware(app, tokens, new_api=True)  # type: ignore[arg-type]
+NewAPI(display="EUR")  # type: ignore[arg-type]
+NewAPI(1000)  # type: ignore[call-arg]
 UsageMiddleware(app, tokens, throttle=None)
 UsageMiddleware(app, tokens, throttle=20)  # type: ignore[arg-type]
 UsageMiddleware(app, tokens, throttle_storage=None)  # type: ignore[arg-type]
