@@ -28,7 +28,7 @@ def metered_request(rounds: int) -> Iterator[Table]:
     with tempfile.TemporaryDirectory(prefix="usage-middleware-") as directory:
         with SQLiteTokenStore(Path(directory, "durable.db")) as store:
             # One call a turn: each waits for the disk, and what else the disk does then counts for one of them only.
-            waiting = {"clock": time.perf_counter, "calls": 1}
+            waiting = {"clock": time.perf_counter, "calls": 1, "budget": 1.2}
             yield compare(f"{title}: durable, on the clock", *_requests(store, **waiting), rounds=rounds)
         with SQLiteTokenStore(Path(directory, "other.db"), synchronous="OFF") as store:
             yield compare(f"{title}: processor time, without waiting for the disk", *_requests(store), rounds=rounds)
@@ -46,7 +46,7 @@ def metered_events(rounds: int) -> Iterator[Table]:
     yield table_of("An event of a stream: the meter's own time", rows)
 
 
-def _requests(store: SQLiteTokenStore, **settings: Any) -> tuple[Contender, Contender]:
+def _requests(store: SQLiteTokenStore, *, budget: float | None = None, **settings: Any) -> tuple[Contender, Contender]:
     key, _ = store.create(total_available=2**62)
 
     def by_hand(environ: Any, start_response: Any) -> Any:
@@ -67,9 +67,8 @@ def _requests(store: SQLiteTokenStore, **settings: Any) -> tuple[Contender, Cont
     def contender(name: str, app: Any, budget: float | None = None) -> Contender:
         return Contender(name, SERVE, make_environ, app=app, start_response=start_response, budget=budget, **settings)
 
-    return contender("reserve and settle by hand", by_hand), contender(
-        "UsageMeter", UsageMeter(_application, store), 1.2
-    )
+    meter = UsageMeter(_application, store)
+    return contender("reserve and settle by hand", by_hand), contender("UsageMeter", meter, budget)
 
 
 def _application(environ: Any, start_response: Any) -> list[bytes]:

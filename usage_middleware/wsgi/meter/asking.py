@@ -62,6 +62,10 @@ class UsageFilter:
         stream, figures, held = self._stream, self._figures, self._held
         if not held and stream.skip(data):
             return data
+        if b"\n" not in data and b"\r" not in data and not self._is_passed_on and len(held) + len(data) <= _MOST_HELD:
+            held += data
+            stream.read(data)
+            return b""
         out = bytearray()
         for line in data.splitlines(keepends=True):
             held += line

@@ -32,6 +32,21 @@ class MeteredAnswer:
     :param is_head: whether the request's method is ``HEAD``.
     """
 
+    # What most requests never change, for all of them.
+    _is_closed = False
+    _stated: Usage | None = None
+    _head: Head | None = None
+    _is_json = False
+    _feed: Callable[[bytes], None] | None = None
+    # What a reader that changes the answer brings.
+    _change: Callable[[bytes], bytes] | None = None
+    _rest: Callable[[], bytes] | None = None
+    _left: int | None = None  # bytes of Content-Length that have not come
+    _server_write: _Write | None = None
+    _request_body: RequestBody | None = None
+    _iterable: Iterable[bytes] = ()
+    _next: Callable[[], bytes] | None = None  # made when the server begins to iterate
+
     def __init__(
         self,
         start_response: StartResponse,
@@ -47,19 +62,6 @@ class MeteredAnswer:
         self._abandoned: Abandoned = abandoned
         self._is_head = is_head
         self._is_settled = reservation is None
-        self._is_closed = False
-        self._stated: Usage | None = None
-        self._head: Head | None = None
-        self._is_json = False
-        self._feed: Callable[[bytes], None] | None = None
-        # What a reader that changes the answer brings.
-        self._change: Callable[[bytes], bytes] | None = None
-        self._rest: Callable[[], bytes] | None = None
-        self._left: int | None = None  # bytes of Content-Length that have not come
-        self._server_write: _Write | None = None
-        self._request_body: RequestBody | None = None
-        self._iterable: Iterable[bytes] = ()
-        self._next: Callable[[], bytes] | None = None  # made when the server begins to iterate
 
     # --- What the application calls.
 
@@ -163,8 +165,11 @@ class MeteredAnswer:
         self._request_body = request_body
         # Servers derive a Content-Length from a list.
         if isinstance(iterable, (list, tuple)) and self._change is None:
-            for data in iterable:
-                self._pass(data)
+            if self._feed is not None:
+                for data in iterable:
+                    self._pass(data)
+            elif self._left is not None:
+                self._left -= sum(map(len, iterable))
             self._end()
             if request_body is not None:
                 request_body.close()
