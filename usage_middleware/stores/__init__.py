@@ -1,4 +1,4 @@
-"""The kinds of stores, and which of them a text names: the one place that knows what exists.
+"""The kinds of stores, and which of them a text names. No other module knows what exists.
 
 =============================================================== ================================================
 ``tokens.db``, ``sqlite:///tokens.db``                          :class:`~usage_middleware.SQLiteTokenStore`
@@ -14,8 +14,8 @@ A package adds a kind by an entry point of the group ``usage_middleware.stores``
 (in ``pyproject.toml``: ``[project.entry-points."usage_middleware.stores"]``, ``acme = "acme.stores:open_store"``). It
 is a callable that takes the whole URL and the keyword ``read_only``, and returns a :class:`QuotaStore`.
 
-Nothing in the packages below imports from here, and this imports a store when it is named: a service that uses one
-kind does not load the others.
+Nothing in the packages below imports from here, and this imports a store when it is named. A service that uses
+one kind does not load the others.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ _Opener = Callable[[str, bool], Any]
 def open_store(text: str, *, read_only: bool = False) -> QuotaStore | Any:
     """Return the store that ``text`` names, as the table above has it. Nothing is connected before its first use.
 
-    What a path names depends on the file: one that has new-api's tokens is looked at, and gets a
-    :class:`NewAPITokenStore`, which is not a :class:`QuotaStore` and only answers. A server is not asked, so a
-    database of new-api on a server is named with ``new-api+`` in front.
+    What a path names depends on the file. For a file that has new-api's tokens, the store is a
+    :class:`NewAPITokenStore`, which is not a :class:`QuotaStore` and only reads. A server is not asked, so the URL of
+    a new-api database on a server needs ``new-api+`` in front.
 
     :param read_only: the store never writes, makes no tables, and needs no permission to write.
     :raises TypeError, ValueError: it does not name a store; the message lists what does.
@@ -70,7 +70,7 @@ def open_store(text: str, *, read_only: bool = False) -> QuotaStore | Any:
 def open_and_ask(text: str, *, read_only: bool = False) -> QuotaStore | Any:
     """Like :func:`open_store`, but ask a server at once whether its database is one of new-api.
 
-    A command uses the store at once anyway, so a person need not write ``new-api+`` in front.
+    A command uses the store at once anyway, so its user need not write ``new-api+`` in front.
 
     :raises StoreError: the server cannot be asked.
     """
@@ -130,7 +130,7 @@ def is_new_api(text: str) -> bool:
     if opener is _open_file:
         return _is_new_api_file(_path(text))
     if opener is _open_server:
-        load("SQLAlchemyTokenStore")  # its absence is said in terms of what was named
+        load("SQLAlchemyTokenStore")  # if it is missing, the message names what the caller named
         from .new_api import new_api_store
 
         return new_api_store.is_new_api(text)

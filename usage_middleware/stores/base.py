@@ -31,7 +31,7 @@ _QuotaStore = TypeVar("_QuotaStore", bound="QuotaStore")
 
 
 class _Unchanged:
-    """Stands for an argument of :meth:`QuotaStore.update` that is left out, as ``None`` may be one day a value."""
+    """Mark an argument of :meth:`QuotaStore.update` as left out. ``None`` may become a value one day."""
 
     def __repr__(self) -> str:
         return "..."
@@ -44,9 +44,9 @@ class TokenStore(Protocol):
     """All that the middleware needs of a store. A plain ``dict[str, Token]`` is one."""
 
     def get(self, key: str, /) -> Token | None:
-        """Return the token of ``key``, or ``None`` if there is none. Changes nothing.
+        """Return the token of ``key``, or ``None`` if there is none. Change nothing.
 
-        :param key: as :func:`~usage_middleware.bearer_key` gives it, every leading ``sk-`` stripped. The match is
+        :param key: as :func:`~usage_middleware.bearer_key` returns it, every leading ``sk-`` stripped. The match is
             exact, case included.
         :raises Exception: anything raised here becomes a 503.
         """
@@ -66,7 +66,7 @@ class QuotaStore(Ledger, History):
     def get(self, key: str, /) -> Token | None:
         """Return the token of ``key``, or ``None``. One that is disabled is returned too, with ``enabled`` false.
 
-        A quota that renews is shown as it is by now. Nothing is written: the next change of the token records it.
+        A quota that renews is shown as it is now. Nothing is written: the next change of the token records the renewal.
         """
         return self._as_of_now(self._get(key_digest(key)))
 
@@ -91,9 +91,9 @@ class QuotaStore(Ledger, History):
         """Add a token.
 
         :param total_available: the quota to grant, 0 to 2**63 - 1 units.
-        :param model_limits_enabled: left out, limits that are given are enabled.
+        :param model_limits_enabled: left out, they are enabled if ``model_limits`` is given.
         :param expires_at: Unix time in whole seconds; 0: never.
-        :param key: a key that its holder has already; left out, one is made.
+        :param key: a key that its holder already has; left out, the store makes one.
         :param renewal: ``"daily"``, ``"weekly"`` or ``"monthly"``: how often the quota renews, in UTC; ``""``: never.
         :param renewal_quota: the units that each period begins with; left out, ``total_available``. The first period
             begins at once, with ``total_available`` if that is given too.
@@ -143,9 +143,11 @@ class QuotaStore(Ledger, History):
         return sum(1 for _ in self.tokens())
 
     def records(self) -> Iterator[TokenRecord]:
-        """Yield every token with all that :meth:`restore` needs of it, by id, read as :meth:`tokens` reads them.
+        """Yield every token by id, with all that :meth:`restore` needs of it. They are read as :meth:`tokens` reads
+        them.
 
-        What open reservations hold counts as used: settle them, or let them lapse and charge or prune, before a move.
+        What open reservations hold counts as used. Before a move, settle them, or let them lapse and then charge or
+        prune.
         """
         for page in self._pages():
             first, last = id_of(page[0][0]), id_of(page[-1][0])
@@ -165,12 +167,12 @@ class QuotaStore(Ledger, History):
                 )
 
     def restore(self, records: Iterable[TokenRecord]) -> list[int | None]:
-        """Add tokens as another store kept them, all of them in one transaction.
+        """Add tokens as another store kept them, all in one transaction.
 
-        Their operations stay behind, so nothing is ``held`` of them.
+        Their operations are not copied, so the new tokens have no units ``held``.
 
         :return: for each the id of the new token, or ``None`` if its key is in use here, or was before.
-        :raises TypeError, ValueError: a record cannot be stored; no other is then.
+        :raises TypeError, ValueError: a record cannot be stored. Then no record is.
         """
         now = self._now()
         checked = [check_record(_as_restored(record, now)) for record in records]
@@ -189,11 +191,12 @@ class QuotaStore(Ledger, History):
         renewal: str = _UNCHANGED,
         renewal_quota: int = _UNCHANGED,
     ) -> Token:
-        """Change what is named of a token. Its totals change only by charges and grants.
+        """Change the fields of a token that are given. Its totals change only by charges and grants.
 
-        :param renewal: another period begins when the next of its kind does; ``""``: the quota stays as it is.
+        :param renewal: how often the quota renews: the next period begins when the next day, week or month does.
+            ``""``: never, and the quota stays as it is.
         :param renewal_quota: what the next period begins with.
-        :return: the token after it.
+        :return: the token after the change.
         :raises TokenNotFound: there is no such token.
         :raises TypeError: a value has the wrong type.
         :raises ValueError: a value is out of range.

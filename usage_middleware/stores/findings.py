@@ -1,4 +1,4 @@
-"""What is well with a store's database, and what is not: a line each, for an operator."""
+"""The result of checking a store's database: one line per finding, for an operator."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Literal, NamedTuple
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at.
+    """The result of one check.
 
-    A ``"warning"`` is for the operator to judge; with a ``"problem"``, the store does not work as it should, or may
-    not for long.
+    The operator judges a ``"warning"``. A ``"problem"`` means that the store does not work as it should, or may soon
+    not.
     """
 
     level: Literal["ok", "warning", "problem"]

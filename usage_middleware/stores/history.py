@@ -1,4 +1,4 @@
-"""What a store tells of the past, and how it forgets: operations, usage by model and by day, and pruning."""
+"""What a store records of the past (operations, usage by model and by day), and how it is pruned."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class History(StoreHooks):
     """Operations and usage, by token id."""
 
     def operation(self, operation_id: str) -> Operation | None:
-        """Return the operation of that id, or ``None`` if there is none, or it was pruned."""
+        """Return the operation of that id, or ``None`` if there is none or it was pruned."""
         check_text("operation_id", operation_id)
         return self._operation(operation_id)
 
     def find_operation(self, key: str, idempotency_key: str) -> Operation | None:
         """Return the operation that the key's token has under an idempotency key, or ``None``.
 
-        A host asks before it does work again that it has done already.
+        A host calls this before it repeats work that it may already have done.
         """
         check_text("idempotency_key", idempotency_key)
         found = self._find_operation(key_digest(key), idempotency_key)
@@ -44,8 +44,8 @@ class History(StoreHooks):
     def history(self, token_id: int, *, since: float | None = None, until: float | None = None) -> Iterator[Operation]:
         """Yield the operations of a token that are not pruned, the newest first, read page by page.
 
-        What a reservation, a refund, a grant or a renewal came to is its ``final_amount``, what a charge still holds
-        after refunds its ``held``.
+        ``final_amount`` is what a reservation, a refund, a grant or a renewal came to. ``held`` is what a charge still
+        holds after refunds.
 
         :param since: Unix time: only operations made then or later.
         :param until: Unix time: only operations made before.
@@ -89,10 +89,10 @@ class History(StoreHooks):
     def _log(
         self, token_id: int, kinds: Collection[Kind], since: int, until: int, offset: int, size: int
     ) -> Sequence[Operation]:
-        """Return up to ``size`` operations of a token behind the ``offset`` newest, the newest first.
+        """Return up to ``size`` operations of a token, the newest first, after the ``offset`` newest.
 
         Only operations of ``kinds`` count that were made from ``since`` on and not later than the second ``until``.
-        A hook: this works with every store, and a database has an index to do it by.
+        This is a hook: it works with every store, and a database overrides it with a query that uses an index.
         """
         operations = self._pages_of_history(token_id, since, until + 1)
         return list(islice((one for one in operations if one.kind in kinds), offset, offset + size))
@@ -106,10 +106,10 @@ class History(StoreHooks):
         """Return what a token used on each UTC day from one to another, both included, by day and then model.
 
         Days and models on which nothing happened are left out. All days of a token add up to its ``total_used``,
-        unless it was imported, or moved forward from a version that did not count by day, after it had been used.
+        unless it had been used before it was imported, or before an upgrade from a version that did not count by day.
         """
         for what, day in (("first_day", first_day), ("last_day", last_day)):
-            # A datetime is a date, and is not a day.
+            # A datetime is a date too, but not a day.
             if type(day) is not date:
                 raise TypeError(f"{what} must be a datetime.date, got {type(day).__name__}")
         return self._usage_of_token(token_id, first_day, last_day) if can_exist(token_id) else []
@@ -138,14 +138,14 @@ class History(StoreHooks):
             after = page[-1].number
 
     def prune(self, before: float) -> int:
-        """Forget operations that were finished before a time, and reservations that lapsed before it.
+        """Delete operations that were finished before a time, and reservations that lapsed before it.
 
-        A call that repeats a forgotten operation is a new one, and a forgotten one cannot be refunded any more: prune
-        what is older than any retry. No total changes, except that lapsed reservations are released, and usage by day
-        stays.
+        A call that repeats a deleted operation makes a new one, and a deleted operation cannot be refunded any more:
+        prune only what is older than any retry. Lapsed reservations are released. Otherwise no total changes, and usage
+        by day stays.
 
         :param before: Unix time in seconds.
-        :return: how many operations were forgotten.
+        :return: how many operations were deleted.
         :raises TypeError, ValueError: ``before`` is not a time.
         """
         check_time("before", before)
@@ -160,7 +160,7 @@ class History(StoreHooks):
         return forgotten
 
     def count_finished(self, before: float) -> int:
-        """Return how many operations :meth:`prune` would forget."""
+        """Return how many operations :meth:`prune` would delete."""
         check_time("before", before)
         return self._count_finished(before, min(before, self._now()))
 
@@ -169,7 +169,7 @@ class History(StoreHooks):
 
         def work(transaction: Transaction) -> None:
             account = transaction.load(Lookup(token_id=token_id, now=before, most_lapsed=MOST_LAPSED))
-            if account is not None:  # It may have been deleted meanwhile, and its reservations hold nothing then.
+            if account is not None:  # A deleted token's reservations hold nothing.
                 _, due = rules.bring_up_to_date(account, self._now(), renewal_id=renewal_id)
                 if due is not None:
                     transaction.save(due)

@@ -20,8 +20,9 @@ from .findings import Finding
 from .migrations import TablesState
 from .transaction import Transaction
 
-# How many lapsed reservations one transaction releases. A release is kept even if the charge is then refused, and other
-# tokens' charges come in between, so that many of them delay nothing but the call that needs their units.
+# How many lapsed reservations one transaction releases. A release is kept even if the charge is then refused. Other
+# tokens' charges run between two such transactions, so many lapsed reservations delay only the call that needs their
+# units.
 MOST_LAPSED: Final = 200
 
 _Result = TypeVar("_Result")
@@ -35,9 +36,9 @@ class StoreHooks(ABC):
 
     @abstractmethod
     def _transact(self, work: Callable[[Transaction], _Result]) -> _Result:
-        """Return what ``work`` returns, when all that it did in a transaction is committed; what it raises undoes it.
+        """Return what ``work`` returns, once its transaction is committed. An exception rolls it back.
 
-        It has no effect beyond the transaction, as a database may ask for a transaction to be begun again.
+        ``work`` has no effect beyond the transaction, because a database may require that it is retried.
         """
 
     @abstractmethod
@@ -63,11 +64,12 @@ class StoreHooks(ABC):
     @abstractmethod
     def _history(self, token_id: int, since: float, until: float, before: int, size: int) -> Sequence[Operation]:
         """Return up to ``size`` operations of a token that were made from ``since`` on and before ``until``, with a
-        ``number`` smaller than ``before``, the greatest first.."""
+        ``number`` smaller than ``before``, the greatest first."""
 
     @abstractmethod
     def _open_reservations(self, after: int, size: int) -> Sequence[Operation]:
-        """Return up to ``size`` open reservations that hold units, with a ``number`` greater than ``after``, by it."""
+        """Return up to ``size`` open reservations that hold units, with a ``number`` greater than ``after``, in its
+        order."""
 
     @abstractmethod
     def _count_finished(self, before: float, lapsed_before: float) -> int:
@@ -90,14 +92,14 @@ class StoreHooks(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Release what the store holds. Closing twice is fine, using a closed store is a :class:`StoreError`."""
+        """Release what the store holds. It may be closed twice. Using a closed store raises :class:`StoreError`."""
 
     def health(self) -> Iterator[Finding]:
-        """Yield what is well with the database, and what is not. Changes nothing."""
+        """Check the database and yield one finding per check. Change nothing."""
         return iter(())
 
     def tables_state(self) -> TablesState:
-        """Return whether the store's tables are there, and of which version. Makes and changes nothing."""
+        """Return whether the store's tables are there, and of which version. Make and change nothing."""
         return "current"
 
     def _now(self) -> float:
@@ -107,6 +109,6 @@ class StoreHooks(ABC):
 def new_id() -> str:
     """Return an id for an operation.
 
-    It is made before the transaction, which a store may begin again: the operation is the same one each time.
+    It is made before the transaction, so a transaction that is retried makes the same operation.
     """
     return uuid.uuid4().hex

@@ -1,7 +1,7 @@
-"""The ledger: how a store charges tokens. Its rules are pure functions in :mod:`usage_middleware.operations`.
+"""The ledger: how a store charges tokens. The rules are pure functions in :mod:`usage_middleware.operations`.
 
-Each method loads an account behind its lock, applies a rule to it, and saves what changes, in one transaction. What it
-returns is committed. What it raises has changed nothing, except that lapsed reservations may have been released.
+In one transaction, each method locks and loads an account, applies a rule to it, and saves what changes. A method that
+returns has committed. A method that raises has changed nothing, except that it may have released lapsed reservations.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ..tokens import Token, id_of
 from .hooks import MOST_LAPSED, StoreHooks, new_id
 from .transaction import Transaction
 
-# The arguments of a Lookup that say which account it is.
+# The arguments of a Lookup that name the account.
 _Place = dict[str, Any]
-# What an account becomes; None: the call is a repeated one.
+# Returns what the account becomes, or None if the call is a repeated one.
 _Rule = Callable[[Account, float], "Changes | None"]
 
 
@@ -44,18 +44,18 @@ class Ledger(StoreHooks):
     ) -> Token:
         """Move ``amount`` quota units of the key's token from available to used.
 
-        With unlimited quota they are added to used and available stays. With model limits enabled, the model must be
-        listed and have them left; a charge without a model is not held to model limits.
+        With unlimited quota they are added to used, and available stays. If model limits are enabled, the model must be
+        listed and have that many units left; a charge without a model is not held to model limits.
 
         :param key: with or without its prefix ``sk-``.
-        :param idempotency_key: names the charge, so that a caller who lost the answer can call again: a repeated call
+        :param idempotency_key: names the charge, so that a caller that lost the answer can call again: a repeated call
             changes nothing. 1 to 255 characters, unique for the token. Left out, each call is a charge of its own.
-        :param input_tokens: how many tokens a model read; for usage by day, without an effect on the quota.
-        :param output_tokens: how many it wrote.
+        :param input_tokens: how many tokens a model read. They count in usage by day and do not affect the quota.
+        :param output_tokens: how many tokens it wrote.
         :return: the token after the charge.
         :raises TokenNotFound, TokenDisabled, TokenExpired: the key may not be used.
         :raises ModelNotAllowed: the token's model limits are enabled and do not list the model.
-        :raises QuotaExceeded: the token, or the model, has less left. Nothing is charged then.
+        :raises QuotaExceeded: the token, or the model, has less left. Nothing is charged.
         :raises OperationConflict: the idempotency key was used for another call.
         :raises TypeError, ValueError: an argument is out of range, or a total would pass 2**63 - 1.
         """
@@ -82,8 +82,8 @@ class Ledger(StoreHooks):
     ) -> Operation:
         """Charge ``amount`` units for work that is about to be done, until :meth:`settle` says what it came to.
 
-        :param at_least: take what there is, if it is less than ``amount`` but not less than this. What was taken is
-            the operation's ``held``.
+        :param at_least: if less than ``amount`` is left, but at least this much, take all of it. The operation's
+            ``held`` is what was taken.
         :param expires_in: seconds after which the reservation lapses: its units are released before any later request
             is refused for lack of quota. A settle that comes later still charges.
         :return: the operation, for :meth:`settle`. ``replayed`` is true if an earlier call of the same idempotency
@@ -112,8 +112,8 @@ class Ledger(StoreHooks):
     ) -> Token:
         """Set the final amount of a reservation; 0 releases it.
 
-        The amount may be more than was reserved, and more than is left: the work was done, so the token is overdrawn.
-        A repeated call changes nothing.
+        The amount may be more than was reserved, and more than is left. The token is then overdrawn, as the work was
+        done. A repeated call changes nothing.
 
         :param operation: what :meth:`reserve` returned, or its id.
         :return: the token after it.
@@ -146,16 +146,16 @@ class Ledger(StoreHooks):
     def refund(
         self, operation: Operation | str, amount: int | None = None, *, idempotency_key: str | None = None
     ) -> Token:
-        """Give units back that a charge or a settled reservation took.
+        """Return units that a charge or a settled reservation took.
 
         :param operation: the operation, or its id.
-        :param amount: how many; left out, all that are left of it.
+        :param amount: how many units; left out, all that are left of the operation.
         :param idempotency_key: names the refund, as it names a charge: a repeated call changes nothing.
         :return: the token after it.
         :raises OperationNotFound: there is no such operation, or it was pruned.
-        :raises QuotaExceeded: less is left of it. Refunds never give back more than was charged.
-        :raises OperationConflict: it cannot be refunded, as it is an open reservation (settle it with 0), a refund or
-            a grant; or the idempotency key was used for another call.
+        :raises QuotaExceeded: less is left of the operation. Refunds never return more than was charged.
+        :raises OperationConflict: the operation is an open reservation (settle it with 0), a refund or a grant, none of
+            which can be refunded; or the idempotency key was used for another call.
         :raises TokenNotFound: the token was deleted since.
         :raises TypeError, ValueError: an argument is out of range.
         """
@@ -213,7 +213,7 @@ class Ledger(StoreHooks):
             once.
         :return: the token after it.
         :raises TokenNotFound: there is no such token.
-        :raises QuotaExceeded: more would be taken back than is available. Nothing is then.
+        :raises QuotaExceeded: more would be taken back than is available. Then nothing is taken.
         :raises OperationConflict: the idempotency key was used for another call.
         :raises TypeError, ValueError: an argument is out of range, or a total would pass 2**63 - 1.
         """
@@ -265,7 +265,7 @@ class Ledger(StoreHooks):
     def _change(self, place: _Place, rule: _Rule) -> tuple[Token, Operation | None]:
         """Apply a rule to an account in a transaction.
 
-        :return: the token after it, and the operation that was made last, or that a repeated call has found.
+        :return: the token after the change, and the operation that was made last or that a repeated call found.
         """
         if place.get("idempotency_key") is not None:
             check_text("idempotency_key", place["idempotency_key"])
@@ -290,7 +290,7 @@ class Ledger(StoreHooks):
                     error.held = transaction.model_held(id_of(account.token), error.model)
                 if due is None:
                     raise
-                # Returned and not raised, so that what has lapsed is released all the same.
+                # Returned, not raised, so that the release of lapsed reservations is committed.
                 return _Again() if account.more_lapsed else error
             if changes is None:
                 made = account.made or account.operation

@@ -20,9 +20,9 @@ _Result = TypeVar("_Result")
 
 
 class MemoryTokenStore(QuotaStore):
-    """Keeps tokens in memory; they are gone with the process, and each process has its own.
+    """Keep tokens in memory. They are gone with the process, and each process has its own.
 
-    Even here only digests of keys are kept, so a dump of the memory shows no key that was not just in use.
+    Even here only digests of keys are kept, so a dump of the memory shows only keys that were just in use.
 
     :param clock: returns Unix time; for tests.
     """

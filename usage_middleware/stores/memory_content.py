@@ -221,8 +221,8 @@ class Content:
         self._put(self._retired, digest, True)
         self._remove(self._ids, digest)
 
-    # The inverse is appended first: an exception may arrive between any two lines, and what is undone may not have
-    # been done.
+    # The inverse is appended first, as an exception may arrive between any two lines. So an inverse may run for a
+    # change that was never made.
 
     def _put(self, mapping: dict[Any, Any], key: Any, value: Any) -> None:
         if key in mapping:

@@ -19,17 +19,17 @@ TablesState: TypeAlias = Literal["none", "earlier", "current"]
 
 
 class WrongTables(StoreError):
-    """The database cannot be used as it is. The message goes on after the database's name."""
+    """The database cannot be used as it is. The message follows the database's name."""
 
 
 @dataclass(frozen=True)
 class Schema(Generic[_Connection]):
-    """How a database is brought forward.
+    """How a database is upgraded.
 
     :param steps: step ``n`` brings a database of version ``n - 1`` to version ``n``; a database without tables has
         version 0.
-    :param version: returns the version of a database, and reads only.
-        Raises :class:`WrongTables` if it has tables of ours that we did not make.
+    :param version: returns the version of a database, and only reads. It raises :class:`WrongTables` if the database
+        has tables with our names that we did not make.
     :param record: records a version, in the transaction of its step.
     """
 
@@ -38,7 +38,7 @@ class Schema(Generic[_Connection]):
     record: Callable[[_Connection, int], None]
 
     def state(self, connection: _Connection) -> TablesState:
-        """Return whether a database has tables of ours, and whether they have the newest version. Reads only.
+        """Return whether a database has tables of ours, and whether they have the newest version. Only read.
 
         :raises WrongTables: it was made by a newer version, or by something else.
         """
@@ -46,7 +46,7 @@ class Schema(Generic[_Connection]):
         return "none" if version == 0 else "current" if version == len(self.steps) else "earlier"
 
     def is_current(self, connection: _Connection) -> bool:
-        """Return whether a database has the newest version. Reads only.
+        """Return whether a database has the newest version. Only read.
 
         :raises WrongTables: as :meth:`state`.
         """

@@ -12,13 +12,13 @@ from ..operations import Operation
 from ..tokens import Token, encode_model_limits
 from ..usage import DayUsage
 
-#: The columns of a token behind its ``id``, which the database gives.
+#: The columns of a token after its ``id``, which the database assigns.
 TOKEN_COLUMNS: Final = tuple(field.name for field in dataclasses.fields(Token) if field.name != "id")
-#: The columns of an operation behind its ``number``, which the database gives.
+#: The columns of an operation after its ``number``, which the database assigns.
 OPERATION_COLUMNS: Final = tuple(
     field.name for field in dataclasses.fields(Operation) if field.name not in ("number", "replayed")
 )
-#: The columns of usage by day behind its ``token_id``.
+#: The columns of usage by day after its ``token_id``.
 DAY_COLUMNS: Final = DayUsage._fields
 
 _TOKEN_ROW: Final = ("id", *TOKEN_COLUMNS)
@@ -28,9 +28,9 @@ _OPERATION_ROW: Final = ("number", *OPERATION_COLUMNS)
 def token_of(row: Sequence[Any]) -> Token:
     """Return the token of a row that begins with its ``id`` and :data:`TOKEN_COLUMNS`.
 
-    :raises DamagedToken: another program has written it.
+    :raises DamagedToken: another program has written values that no token can have.
     """
-    fields = dict(zip(_TOKEN_ROW, row))  # noqa: B905 - a row may have more behind them
+    fields = dict(zip(_TOKEN_ROW, row))  # noqa: B905 - a row may have more columns after these
     try:
         # SQLite and MySQL have no other booleans than 0 and 1.
         fields["unlimited_quota"] = fields["unlimited_quota"] == 1

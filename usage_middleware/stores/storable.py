@@ -17,14 +17,14 @@ _INTEGERS: Final = {
     "created_at": "Unix seconds",
     "renewal_quota": "quota units",
 }
-_LATEST: Final = 253_402_300_799  # the end of the year 9999, the last that datetime has
+_LATEST: Final = 253_402_300_799  # the end of the year 9999, the last year of datetime
 _DIGEST_SIZE: Final = 32
 
 
 def check_record(record: TokenRecord) -> TokenRecord:
     """Return the record itself, if every store can hold it.
 
-    :raises TypeError, ValueError: it cannot; the message names the field.
+    :raises TypeError, ValueError: a store cannot hold it. The message names the field.
     """
     token = record.token
     check_storable(token)
@@ -39,7 +39,7 @@ def check_record(record: TokenRecord) -> TokenRecord:
         check_amount(used)
     seen = set()
     for entry in record.days:
-        if type(entry.day) is not date:  # a datetime is a date, and is not a day
+        if type(entry.day) is not date:  # a datetime is a date too, but not a day
             raise TypeError(f"a day in days must be a datetime.date, got {type(entry.day).__name__}")
         if entry.model != "":
             check_text("a model in days", entry.model)
@@ -53,7 +53,7 @@ def check_record(record: TokenRecord) -> TokenRecord:
 
 def check_storable(token: Token) -> None:
     """:raises ValueError: a database cannot hold the token; the message names the field."""
-    # A token that is restored is one of many: the one expression is all that an ordinary one costs.
+    # Many tokens are restored at once, so an ordinary token costs only this one expression.
     if not (
         -MAX_INTEGER <= token.total_available <= MAX_INTEGER
         and -MAX_INTEGER <= token.total_used <= MAX_INTEGER

@@ -1,4 +1,4 @@
-"""What a store does inside of one transaction."""
+"""What a store does within one transaction."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..tokens import TokenRecord
 class Transaction(Protocol):
     """One open write transaction of a store.
 
-    Loading an account locks its token: until the transaction ends nothing else writes the token, its operations, or
-    its usage.
+    Loading an account locks its token. Until the transaction ends, no other transaction writes the token, its
+    operations, or its usage.
     """
 
     def load(self, lookup: Lookup) -> Account | None:
         """Return the account that ``lookup`` names; ``None`` if there is no such token or operation.
 
-        The token is locked first, and all else is read behind the lock. A database server is asked for all of it in
-        as few round trips as it takes.
+        The token is locked first, and everything else is read after that. A store over a database server uses as few
+        round trips as possible.
         """
 
     def save(self, changes: Changes) -> None:
@@ -32,8 +32,8 @@ class Transaction(Protocol):
     def insert(self, records: Sequence[TokenRecord]) -> Sequence[int | None]:
         """Add the tokens of ``records``, with their usage, under their digests.
 
-        :return: the id of each, which is never given again, or ``None`` if a token has the digest, or had it: a
-            retired digest never returns.
+        :return: the id of each, which is never used again, or ``None`` if a token has the digest or had it: a retired
+            digest never returns.
         """
 
     def rekey(self, token_id: int, digest: bytes) -> None:

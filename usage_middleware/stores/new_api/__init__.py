@@ -1,1 +1,1 @@
-"""The store over a database of new-api, which is only read."""
+"""The store over a new-api database, which it only reads."""

@@ -1,4 +1,4 @@
-"""The rows of a database of new-api, as tokens and as entries of a log. What a row lacks has its default."""
+"""The rows of a new-api database, as tokens and as log entries. What a row lacks has its default."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...keys import KEY_PATTERN, key_digest, key_hint
 from ...log import LogEntry, LogKind
 from ...tokens import Token, TokenRecord
 
-_DISABLED: Final = 2  # Of the others, 3 (expired) and 4 (exhausted) are what the token's own numbers tell.
+_DISABLED: Final = 2  # 3 (expired) and 4 (exhausted) follow from the token's own numbers.
 _BOOLEANS: Final = {
     **dict.fromkeys(("1", "t", "true", "\x01"), True),
     **dict.fromkeys(("0", "f", "false", "\x00", ""), False),
@@ -27,7 +27,7 @@ can_be_sent: Final = re.compile(KEY_PATTERN).fullmatch
 
 
 def record_of(row: RowMapping, key: str) -> TokenRecord | DamagedToken:
-    """Return the token of a row for another store, or why the row is not one."""
+    """Return the token of a row for another store, or the reason why the row is not a token."""
     if not can_be_sent(key):
         return DamagedToken(row["id"], "it has no key that a client can send")
     try:
@@ -81,14 +81,14 @@ def entry_of(row: RowMapping) -> LogEntry:
 
 
 def text_of(value: Any) -> str:
-    """Return a text. A database without an encoding gives its bytes."""
+    """Return a text. A database without an encoding returns bytes."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value).decode("utf-8", "surrogateescape")
     return "" if value is None else str(value)
 
 
 def _valid(value: Any) -> str:
-    # One name that is not UTF-8 must not cost all the other rows.
+    # Decode leniently, so one name with invalid UTF-8 does not fail all the other rows.
     return text_of(value).encode("utf-8", "replace").decode()
 
 

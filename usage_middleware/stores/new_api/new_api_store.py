@@ -1,7 +1,7 @@
-"""The tokens of a new-api database, as new-api itself keeps them: nothing is written, and nothing has to be moved.
+"""The tokens of a new-api database, as new-api itself keeps them. Nothing is written or moved.
 
-new-api (QuantumNous/new-api) has its tables in SQLite, MySQL or PostgreSQL. They differ with its age, so what a table
-has is looked up once, and what it lacks has its default.
+new-api (QuantumNous/new-api) has its tables in SQLite, MySQL or PostgreSQL. The tables differ with new-api's
+version, so what a table has is looked up once, and what it lacks has its default.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ _MOST_LOG_ENTRIES: Final = 1000
 
 
 class NewAPITokenStore:
-    """Answers from a database of new-api, and leaves it as it is.
+    """Read the tokens of a new-api database, and leave it as it is.
 
     :param url_or_engine: an SQLAlchemy URL (``"postgresql://user:password@host/name"``, ``"mysql://…"``,
         ``"sqlite:///one-api.db"``), the path of an SQLite file, or an :class:`~sqlalchemy.engine.Engine`.
     :raises TypeError, ValueError: it is none of them.
     :raises ImportError: the database's driver is not installed.
 
-    A :class:`~usage_middleware.TokenStore`: there is no charging, as new-api does that itself. Nothing is opened before
-    the first use. What fails is a :class:`StoreError`, and the next call tries again. An SQLite file is opened anew
-    for each call, so it may be replaced, and no connection is carried over a fork.
+    This is a :class:`~usage_middleware.TokenStore`: it does not charge, as new-api does that itself. Nothing is opened
+    before the first use. A call that fails raises :class:`StoreError`, and the next call tries again. An SQLite file is
+    opened again for each call, so it may be replaced, and no connection is carried over a fork.
 
-    A token is unknown where it is deleted, or its owner is deleted or banned. ``model_limits`` are the models of
+    A token is unknown if it is deleted, or if its owner is deleted or banned. ``model_limits`` are the models of
     new-api's list, each without a limit of its own.
     """
 
@@ -85,19 +85,19 @@ class NewAPITokenStore:
             return None
         queries = self._look()
         for row in self._rows(queries.by_key, {"key": key}):
-            # MySQL compares by a collation: it ignores case, and most of them blanks at the end.
+            # MySQL compares by a collation: it ignores case, and most collations also ignore spaces at the end.
             if row["owned"] and queries.key_of(row) == key:
                 return token_of(row, key)
         return None
 
     def records(self) -> Iterator[TokenRecord | DamagedToken]:
-        """Every token that is not deleted, by id, for another store's :meth:`QuotaStore.restore`.
+        """Yield every token that is not deleted, by id, for another store's :meth:`QuotaStore.restore`.
 
-        Those that new-api does not serve, disabled ones and those of a deleted or banned owner, have ``enabled`` false.
-        A row that is no token comes as the error that :meth:`get` would raise. What is in a record is what new-api has,
-        so another store may still refuse it: ``total_used`` may be negative.
+        Tokens that new-api does not serve have ``enabled`` false: disabled ones, and those of a deleted or banned
+        owner. A row that is not a token is yielded as the error that :meth:`get` would raise. A record has what new-api
+        has, so another store may still refuse it: ``total_used`` may be negative.
 
-        They are read page by page: memory does not grow, and no lock is held in between.
+        They are read page by page: memory does not grow, and no lock is held between pages.
         """
         after = 0
         while True:
@@ -110,7 +110,7 @@ class NewAPITokenStore:
             after = rows[-1]["id"]
 
     def count(self) -> int:
-        """How many tokens :meth:`records` has."""
+        """Return how many tokens :meth:`records` yields."""
         (row,) = self._rows(self._look().total, {})
         return int(row["total"])
 
@@ -124,9 +124,10 @@ class NewAPITokenStore:
         offset: int = 0,
         size: int = _MOST_LOG_ENTRIES,
     ) -> Sequence[LogEntry]:
-        """Return what new-api logged of a token, the newest first, from an offset on: of the newest 1000.
+        """Return what new-api logged of a token, the newest first, from an offset on. Only the newest 1000 entries
+        count.
 
-        There is nothing if new-api keeps its log in another database, or is older than its index of it by token.
+        The log is empty if new-api keeps it in another database, or is too old to have an index of the log by token.
 
         :param kinds: ``"charge"`` and ``"refund"``.
         :param since: Unix time in whole seconds: only what was logged then or later.
@@ -144,7 +145,7 @@ class NewAPITokenStore:
         return [entry_of(row) for row in self._rows(queries.log, {"token_id": token_id, "types": types, **limits})]
 
     def close(self) -> None:
-        """Closes the connections, but for those of an engine that was handed in."""
+        """Close the connections, except those of an engine that the caller handed in."""
         self._database.close()
 
     def __enter__(self: _NewAPITokenStore) -> _NewAPITokenStore:
@@ -170,14 +171,14 @@ class NewAPITokenStore:
         try:
             rows = self._database.read(query, parameters)
         except StoreError:
-            # It may be that a newer new-api has changed the tables.
+            # A newer new-api may have changed the tables.
             self._queries = None
             raise
         return [row._mapping for row in rows]  # _mapping is public in spite of its name
 
 
 class _SQLiteFile(Database):
-    """An SQLite file, of which a connection is made for each use."""
+    """An SQLite file. Each use makes a connection of its own."""
 
     def __init__(self, path: str) -> None:
         if path in ("", ":memory:") or path.startswith("file:"):
@@ -196,7 +197,7 @@ class _SQLiteFile(Database):
         return reading.look(self.name, lambda reader: self._look_with(reader, work))
 
     def _look_with(self, reader: sqlite3.Connection, work: Callable[[Connection], _Result]) -> _Result:
-        self._reader.connection = reader  # which the engine asks for in this thread
+        self._reader.connection = reader  # the engine asks for it in this thread
         with self._engine.connect() as connection:
             return work(connection)
 
@@ -212,7 +213,7 @@ _DIALECTS: Final = ("sqlite", *POSTGRESQL, *MYSQL)
 
 
 def is_new_api(url: str) -> bool:
-    """Whether the database of a server's URL is one of new-api, and has no tables of ours."""
+    """Return whether the database of a server's URL is a new-api database and has no tables of ours."""
 
     def look(connection: Connection) -> bool:
         return make_queries(connection) is not None and not inspect(connection).has_table(VERSION_TABLE)
@@ -225,7 +226,7 @@ def is_new_api(url: str) -> bool:
 
 
 def _sqlite_path(url_or_engine: str | URL | Engine) -> str | None:
-    """The path of an SQLite file, where one is named."""
+    """Return the path of the SQLite file, if the argument names one."""
     if isinstance(url_or_engine, URL) and url_or_engine.get_backend_name() == "sqlite":
         url_or_engine = url_or_engine.set(drivername="sqlite").render_as_string()
     return sqlite_path(url_or_engine) if isinstance(url_or_engine, str) else None

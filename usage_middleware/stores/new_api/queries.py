@@ -1,4 +1,4 @@
-"""What a database of new-api can be asked: its tables differ with its age."""
+"""The queries for a new-api database. Its tables differ with new-api's version."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class _Columns(NamedTuple):
     """The columns of a table that are read."""
 
     needed: tuple[str, ...]
-    #: Those that a newer database has, or an older one.
+    #: Columns that only a newer database has, or only an older one.
     optional: tuple[str, ...]
 
     def of(self, there: dict[str, Any]) -> list[str]:
-        """Return those that a table has."""
+        """Return the columns that a table has."""
         return [*self.needed, *(name for name in self.optional if name in there)]
 
 
@@ -52,7 +52,7 @@ _TOKENS: Final = _Columns(
         "used_quota",
     ),
 )
-# Nothing that tells of others: the table also has addresses, channels, and notes for the operator.
+# Nothing about other people: the table also has addresses, channels, and notes for the operator.
 _LOGS: Final = _Columns(
     needed=("id", "token_id", "type", "created_at", "quota"),
     optional=("model_name", "prompt_tokens", "completion_tokens", "use_time", "is_stream", "request_id"),
@@ -63,23 +63,24 @@ NEEDED: Final = _TOKENS.needed
 
 
 class Queries(NamedTuple):
-    """What a database of this age is asked."""
+    """The queries for a database of this version."""
 
     by_key: Select[Any]
     page: Select[Any]
     total: Select[Any]
-    #: ``None``: it has no log, or none that an index finds by token.
+    #: ``None`` if the database has no log, or no index of it by token.
     log: Select[Any] | None
     pads_keys: bool
 
     def key_of(self, row: RowMapping) -> str:
-        """Return the key in a row; of the type char(48) without the blanks that stand behind a shorter one."""
+        """Return the key in a row; a column of the type char(48) pads a shorter key with spaces,
+        which are removed."""
         key = text_of(row["key"])
         return key.rstrip(" ") if self.pads_keys else key
 
 
 def make_queries(connection: Connection) -> Queries | None:
-    """Return what this database can be asked; ``None``: it is not one of new-api."""
+    """Return the queries for this database, or ``None`` if it is not a new-api database."""
     inspector = inspect(connection)
     if {"tokens", "users"} & _views(inspector):
         return None
@@ -87,7 +88,7 @@ def make_queries(connection: Connection) -> Queries | None:
     user_columns = _columns(inspector, "users")
     if not token_columns.keys() >= set(_TOKENS.needed):
         return None
-    # Without types: what is a boolean in one database is a number, bits or text in another; the driver's value tells.
+    # Without types: a boolean in one database is a number, bits or text in another. The driver's value shows which.
     tokens = table("tokens", *map(column, token_columns))
     users = table("users", *map(column, user_columns))
     is_there = tokens.c.deleted_at.is_(None) if "deleted_at" in token_columns else true()
@@ -115,7 +116,7 @@ def _log(inspector: Inspector) -> Select[Any] | None:
     there = _columns(inspector, "logs")
     if not there.keys() >= set(_LOGS.needed) or "logs" in _views(inspector):
         return None
-    # An operator's database, of many millions of rows: a holder's question must not read them all.
+    # An operator's database has many millions of rows, and one request of a key's holder must not read them all.
     if not any(index["column_names"][:1] == ["token_id"] for index in inspector.get_indexes("logs")):
         return None
     logs = table("logs", *map(column, there))
@@ -133,8 +134,10 @@ def _log(inspector: Inspector) -> Select[Any] | None:
 
 
 def _views(inspector: Inspector) -> set[str]:
-    """Return the names of the views of an SQLite file, in lower case. To read one may take for ever, and no server with
-    its limits stands between; new-api has none."""
+    """Return the names of the views of an SQLite file, in lower case.
+
+    Reading a view may take for ever, and SQLite has no server that would limit it. new-api has no views.
+    """
     return {name.lower() for name in inspector.get_view_names()} if inspector.dialect.name == "sqlite" else set()
 
 

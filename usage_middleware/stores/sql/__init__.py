@@ -1,1 +1,1 @@
-"""The store over a database server, by SQLAlchemy."""
+"""The store over a database server, with SQLAlchemy."""

@@ -1,8 +1,8 @@
-"""How the stores over SQLAlchemy reach their database: connections, transactions, and what can go wrong with both.
+"""How the stores over SQLAlchemy reach their database: connections, transactions, and their failures.
 
-One question decides what happens after a failure: where was the call when it failed? Before COMMIT was sent nothing
-has been done, and the call may begin again. From then on until the answer, the outcome is unknown, and only the caller
-can decide to repeat. After the answer the call has succeeded, whatever else fails.
+What happens after a failure depends on where the call was when it failed. Before COMMIT was sent, nothing has been
+done, and the call may be retried. Between COMMIT and its answer, the outcome is unknown, and only the caller can decide
+to retry. After the answer, the call has succeeded, whatever else fails.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .timeouts import deadline_setter, limit_connecting
 
 DEFAULT_TIMEOUT: Final = 10.0  # seconds
 
-# Those whose cursors take names as %(name)s, and any bytes for a binary string.
+# Drivers whose cursors take names as %(name)s, and any bytes for a binary string.
 _PLAIN_CURSORS: Final = ("psycopg", "pymysql")
 _ATTEMPTS: Final = 10
 _LONGEST_PAUSE: Final = 0.5  # seconds
@@ -45,7 +45,7 @@ _Result = TypeVar("_Result")
 
 
 class Stage(Enum):
-    """How far a call has come."""
+    """How far a call has got."""
 
     CONNECTING = auto()
     WORKING = auto()
@@ -78,13 +78,13 @@ class _Deadline(threading.local):
 class Database:
     """A database server that SQLAlchemy connects to.
 
-    :param url_or_engine: a URL, as text or as SQLAlchemy's, for which an engine is made here; or an engine, whose
-        options are its owner's, and which is not disposed of here.
+    :param url_or_engine: a URL, as text or as SQLAlchemy's, for which an engine is made here; or the caller's engine,
+        which keeps its options and is not disposed of here.
     :param dialects: which databases can be used.
     :param timeout: how many seconds a call waits for a server that does not answer: for a free connection, for a new
         connection, and for the first answer, together; and then for each further answer. A ``timeout`` in the query of
         the URL comes first.
-    :raises TypeError, ValueError: an argument is not what it is meant to be.
+    :raises TypeError, ValueError: an argument cannot be used.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Database:
         self._manners = manners(engine, is_own=self._is_own)
         self._driver_error: type[Exception] = engine.dialect.loaded_dbapi.Error
         self._failures = (SQLAlchemyError, self._driver_error)
-        # Errors whose text, the driver's own, quotes values.
+        # Errors whose text comes from the driver and quotes values.
         self._quoting = (engine.dialect.loaded_dbapi.DataError, engine.dialect.loaded_dbapi.IntegrityError)
         self._has_cursors = engine.driver in _PLAIN_CURSORS and self._is_own
         self._texts: dict[Select[Any], str] = {}
@@ -137,14 +137,14 @@ class Database:
     def look_up(self, statement: Select[Any], parameters: dict[str, Any]) -> Sequence[Any] | None:
         """Return the first row of one statement, as the driver gives it.
 
-        It is what :meth:`read` returns at a third of the cost, as only the engine's pool stands between the driver and
-        the caller.
+        This is what :meth:`read` returns, at a third of the cost: only the engine's pool is between the driver and the
+        caller.
         """
 
         def once(attempt: Attempt) -> Sequence[Any] | None:
             if self._has_cursors and attempt.number == 1:
                 return self._fetch(attempt, statement, parameters)
-            # The long way finds out whether that lasts, and says what it is.
+            # read() finds out whether the failure lasts, and says what it is.
             rows = self._look(attempt, lambda connection: connection.execute(statement, parameters).all())
             return rows[0] if rows else None
 
@@ -165,7 +165,7 @@ class Database:
             set_deadline(None)
             del info[IN_USE]
         except BaseException:
-            # Whatever it was, an answer may still be on its way.
+            # Whatever the exception was, an answer may still be on its way.
             proxied.invalidate()
             raise
         finally:
@@ -206,10 +206,9 @@ class Database:
         return result
 
     def transact(self, work: Callable[[Session], _Result]) -> _Result:
-        """Return what ``work`` returns, when all that it did in a transaction is committed.
+        """Return what ``work`` returns, once its transaction is committed.
 
-        The transaction is begun again if the database asks for that, and if its connection has died before COMMIT was
-        sent.
+        The transaction is retried if the database asks for that, and if its connection died before COMMIT was sent.
 
         :raises StoreError: the database failed. If the connection is lost during COMMIT, the outcome is unknown; the
             message says so.
@@ -217,7 +216,7 @@ class Database:
         return self._run(lambda attempt: self._transact(attempt, work))
 
     def prepare(self, work: Callable[[Connection], None]) -> None:
-        """Let ``work`` make or change tables, in a transaction as far as the database has that."""
+        """Let ``work`` make or change tables, in a transaction as far as the database supports that."""
         self._run(lambda attempt: self._prepare(attempt, work))
 
     def _prepare(self, attempt: Attempt, work: Callable[[Connection], None]) -> None:
@@ -230,7 +229,7 @@ class Database:
             attempt.stage = Stage.COMMITTING
             session.commit()
         finally:
-            # Once in the life of a process: what it has set and locked in the session goes with the connection.
+            # Done once in the life of a process. What it set and locked in the session goes with the connection.
             _discard(connection)
 
     def _transact(self, attempt: Attempt, work: Callable[[Session], _Result]) -> _Result:
@@ -243,7 +242,7 @@ class Database:
             attempt.stage = Stage.COMMITTING
             session.commit()
         except UsageMiddlewareError:
-            # A refusal, by a rule between two statements.
+            # A rule refused, between two statements.
             self._undo(session)
             raise
         except self._failures as error:
@@ -253,7 +252,7 @@ class Database:
                 _discard(connection)
             raise
         except BaseException:
-            # Where this came from is unknown, so an answer may still be on its way.
+            # The origin of this exception is unknown, so an answer may still be on its way.
             _discard(connection)
             raise
         self._give_back(session)
@@ -273,7 +272,7 @@ class Database:
                 raise
 
     def _give_back(self, session: Session) -> None:
-        """Return a connection to its pool. What has been answered stays answered if that fails."""
+        """Return a connection to its pool. If that fails, the call has succeeded all the same."""
         try:
             session.give_back()
         except BaseException as error:
@@ -305,7 +304,7 @@ class Database:
         # A server that refuses a connection, or is not there, is not asked twice.
         if attempt.stage is Stage.CONNECTING or attempt.number == _ATTEMPTS or time.monotonic() >= attempt.until:
             return False
-        # If two calls add the same row, the other one's is there when this one begins again.
+        # If two calls add the same row, the other call's row is there when this one is retried.
         return _is_lost(error) or isinstance(error, IntegrityError) or has_rolled_back(_original(error))
 
     def _check_usable(self) -> None:
@@ -315,8 +314,8 @@ class Database:
             self._leave_inherited()
 
     def _leave_inherited(self) -> None:
-        """After a fork: the parent's connections are neither used nor closed here (SQLAlchemy, "Using Connection Pools
-        with Multiprocessing or os.fork()"). They are kept, as an object that is freed closes its connection."""
+        """Neither use nor close the parent's connections after a fork (SQLAlchemy, "Using Connection Pools with
+        Multiprocessing or os.fork()"). They are kept, because an object that is freed closes its connection."""
         self._inherited.append(self._engine.pool)
         self._engine.dispose(close=False)
         self._process = os.getpid()
@@ -328,11 +327,11 @@ class Database:
         )
 
     def _explained(self, error: Exception, attempt: Attempt) -> StoreError:
-        """Return what the operator needs to know of an error. What may quote a value, such as a digest, is left out."""
+        """Return what the operator needs to know of an error. Leave out what may quote a value, such as a digest."""
         original = _original(error)
         reason = type(original).__name__
         if isinstance(original, self._driver_error) and not isinstance(original, self._quoting):
-            # The driver's text is the last argument; its first line, as what follows are details.
+            # The driver's text is the last argument. Only its first line is shown: the others are details.
             text = str(original.args[-1]) if original.args else ""
             reason = f"{reason}: {text.partition(chr(10))[0]}"
         if time.monotonic() >= attempt.until:
@@ -340,7 +339,7 @@ class Database:
         return StoreError(f"{self.name} failed: {reason}")
 
     def _shown(self, error: Exception) -> Exception | None:
-        """Return the error as the cause of another, whose traceback shows no parameters."""
+        """Return the error in a form whose traceback shows no parameters, to chain as a cause."""
         if isinstance(_original(error), self._quoting):
             return None
         if isinstance(error, DBAPIError):
@@ -365,11 +364,11 @@ def _discard(connection: Connection) -> None:
 
 
 def _original(error: Exception) -> BaseException:
-    """Return the driver's error, of which SQLAlchemy's is a wrapper."""
+    """Return the driver's error, which SQLAlchemy's wraps."""
     return error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
 
 
 def _is_lost(error: Exception) -> bool:
-    """Whether an error means that the connection cannot be used any more."""
-    # One that SQLAlchemy has not wrapped came from the driver directly, which tells it in no common way.
+    """Return whether an error means that the connection cannot be used any more."""
+    # An error that SQLAlchemy has not wrapped came from the driver directly. Drivers have no common way to say this.
     return error.connection_invalidated if isinstance(error, DBAPIError) else not isinstance(error, SQLAlchemyError)

@@ -14,7 +14,7 @@ from .sql_schema import MYSQL
 
 POSTGRESQL: Final = ("postgresql", "cockroachdb")
 
-# The driver that the extra "sql" installs, for a URL that names none.
+# The driver that the extra "sql" installs, for a URL that does not name one.
 _DRIVERS: Final = {
     "postgres": "postgresql+psycopg",
     "postgresql": "postgresql+psycopg",
@@ -26,7 +26,7 @@ _DRIVERS: Final = {
 # (PostgreSQL's manual, 13.5; MySQL's, 17.7.5.3 "How to Minimize and Handle Deadlocks").
 _ROLLED_BACK_STATES: Final = ("40001", "40P01")
 _ROLLED_BACK_NUMBERS: Final = (1213,)
-# The server has refused a row; with these its answer is complete too.
+# The server has refused a row. Its answer is complete with these errors too.
 _INTEGRITY_CLASS: Final = "23"
 _DUPLICATE: Final = 1062
 
@@ -38,26 +38,30 @@ _READ_COMMITTED: Final = "ISOLATION LEVEL READ COMMITTED"
 class Manners:
     """How an engine's connections are used.
 
-    Transactions are READ COMMITTED, so what is read behind a lock is what others had committed when it was granted.
+    Transactions are READ COMMITTED, so what is read after taking a lock is what other transactions had committed when
+    the lock was granted.
     """
 
-    #: The isolation levels that SQLAlchemy sets on a connection to read and to write, if it has to. For PostgreSQL its
-    #: drivers only remember them.
+    #: The isolation levels that SQLAlchemy sets on a connection to read and to write, if it must. PostgreSQL's drivers
+    #: only remember them.
     reading: str | None = None
     writing: str | None = None
-    #: What begins a transaction, beyond what the driver does.
+    #: The statements that begin a transaction, beyond what the driver sends.
     begin: tuple[str, ...] = ()
-    #: What begins one that changes tables. MySQL commits after each such statement, and what follows is to be in a
-    #: transaction again.
+    #: The statements that begin a transaction that changes tables. MySQL commits after each such change, and what
+    #: follows must be in a transaction again.
     begin_preparing: tuple[str, ...] = ()
     #: Whether COMMIT and ROLLBACK are sent as statements, because a driver in autocommit mode may not send them.
     is_explicit: bool = False
 
 
 def manners(engine: Engine, *, is_own: bool) -> Manners:
-    """Return how to use the connections of an engine that :func:`make_engine` made, or of the owner's."""
+    """Return how to use the connections of an engine.
+
+    :param is_own: whether :func:`make_engine` made it; otherwise it is the caller's.
+    """
     if engine.dialect.name in MYSQL:
-        # Of the next transaction alone. SQLAlchemy would change the session, and change it back for the pool.
+        # For the next transaction alone. SQLAlchemy would change the session, and change it back for the pool.
         isolation = () if is_own else (f"SET TRANSACTION {_READ_COMMITTED}",)
         return Manners(begin=(*isolation, "START TRANSACTION"), begin_preparing=("SET SESSION autocommit = 0",))
     if engine.dialect.name not in POSTGRESQL:
@@ -78,7 +82,7 @@ def parse_url(text: str | URL) -> URL:
     except (ArgumentError, ValueError):
         raise ValueError("the URL of a database has the form postgresql://user:password@host/name") from None
     if isinstance(text, str) and "@" in f"{url.host}{url.database}":
-        # Half a password is taken for a host or a name then, and would be shown.
+        # Part of the password would be taken for a host or a name, and shown.
         raise ValueError("the password in the URL of a database must be quoted: @ as %40, / as %2F, : as %3A")
     return url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
 
@@ -107,10 +111,10 @@ def check_timeout(seconds: object) -> float:
 
 
 def make_engine(url: URL, timeout: float) -> Engine:
-    """Make an engine whose connections are in autocommit mode, so a single statement needs no other.
+    """Make an engine whose connections are in autocommit mode, so a query is a single statement.
 
     :raises ImportError: the driver is not installed.
-    :raises ValueError: SQLAlchemy knows no such driver.
+    :raises ValueError: SQLAlchemy does not know the driver.
     """
     is_mysql = url.get_backend_name() in MYSQL
     try:
@@ -120,7 +124,7 @@ def make_engine(url: URL, timeout: float) -> Engine:
             connect_args={k: v for k, v in _connect_arguments(driver, timeout).items() if k not in url.query},
             hide_parameters=True,
             poolclass=ConnectionPool,
-            # Nothing is open on what comes back, or it is not used again: see pool.IN_USE.
+            # A connection that comes back has no open transaction, or it is not used again: see pool.IN_USE.
             pool_reset_on_return=None,
             **({} if is_mysql else {"isolation_level": "AUTOCOMMIT"}),
         )
@@ -137,13 +141,13 @@ def make_engine(url: URL, timeout: float) -> Engine:
 
 def _connect_arguments(driver: str, timeout: float) -> dict[str, Any]:
     if driver == "psycopg":
-        # A statement that is prepared on one of PgBouncer's connections is unknown on the next one. And with the
-        # encoding of a SQL_ASCII database, psycopg returns bytes before a check of ours can say what is wrong.
+        # A statement that is prepared on one of PgBouncer's connections is unknown on the next one. And with a
+        # SQL_ASCII database, psycopg returns bytes before a check of ours can say what is wrong.
         return {"prepare_threshold": None, "client_encoding": "utf8"}
     if driver == "pymysql":
         return {"autocommit": True}
     if driver == "mysqldb":
-        # Its timeouts cannot be changed once it is connected.
+        # This driver's timeouts cannot be changed once it is connected.
         seconds = max(round(timeout), 1)
         return {"autocommit": True, "read_timeout": seconds, "write_timeout": seconds}
     return {}
@@ -156,12 +160,12 @@ def _read_committed(connection: Any, entry: object) -> None:
 
 
 def has_rolled_back(error: BaseException | None) -> bool:
-    """Whether the server's answer is that it rolled the transaction back, so that it may begin again."""
+    """Return whether the server has rolled the transaction back, so that it can be retried."""
     return _state(error) in _ROLLED_BACK_STATES or _number(error) in _ROLLED_BACK_NUMBERS
 
 
 def is_answered(error: BaseException | None) -> bool:
-    """Whether an error is the server's complete answer, after which the connection can be used again."""
+    """Return whether an error is the server's complete answer, after which the connection can be used again."""
     return has_rolled_back(error) or (_state(error) or "").startswith(_INTEGRITY_CLASS) or _number(error) == _DUPLICATE
 
 

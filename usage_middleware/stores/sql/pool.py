@@ -1,8 +1,8 @@
 """Pools of connections that an exception from outside can neither drain nor poison.
 
 A signal handler that raises, a worker's timeout or a killed greenlet can interrupt any line: ours, SQLAlchemy's, or
-the driver's. Two things must hold wherever that is. A connection with half an answer on its way is not used again, or
-the next caller reads that answer as its own. And the pool does not come to count a lost connection as one in use.
+the driver's. Two things must hold wherever that is. A connection with half an answer on its way must not be used again,
+or the next caller reads that answer as its own. And the pool must not count a lost connection as in use for ever.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class ConnectionPool(Pool):
     """Keep up to 15 connections; the one that was returned last is used first.
 
     SQLAlchemy's ``QueuePool`` counts connections and locks a queue in Python. An exception between two of its lines
-    loses a place for ever, or leaves the lock held. Here a place is an object: when whatever has it is freed, the
-    interpreter gives the place back.
+    loses a place for ever, or leaves the lock held. Here a place is an object: when its holder is freed, the
+    interpreter returns the place.
 
     """
 
@@ -41,7 +41,7 @@ class ConnectionPool(Pool):
         super().__init__(creator, **options)
         self.wait = lambda: 0.0
         self._idle: deque[ConnectionPoolEntry] = deque()
-        # C code takes from it and adds to it in one step, even within a destructor (its documentation says so).
+        # C code takes from it and adds to it in one step, even within a destructor (documentation of SimpleQueue).
         self._places: SimpleQueue[_Place] = SimpleQueue()
         for _ in range(_MOST_CONNECTIONS):
             self._places.put(_Place(self._places))
@@ -108,7 +108,7 @@ def replace_interrupted(engine: Engine) -> None:
 
 def _close_interrupted(dbapi_connection: Any, entry: ConnectionPoolEntry, state: Any) -> None:
     if IN_USE in entry.info:
-        # The pool's ROLLBACK would read another statement's answer, or wait for it. The pool sees that it fails, and
+        # The pool's ROLLBACK would read another statement's answer, or wait for it. When this listener fails, the pool
         # discards the connection.
         dbapi_connection.close()
 

@@ -27,7 +27,7 @@ class Session:
         self._begin: tuple[str, ...] = ()
         self._patience = patience
         self._info = connection.info
-        # From here on an exception from anywhere leaves the mark, and the connection is not used again.
+        # If an exception arrives after this line, the mark stays and the connection is not used again.
         self._info[IN_USE] = True
         self._set_deadline: SetDeadline = deadline_setter(connection.connection.dbapi_connection, is_own=is_own)
         self._set_deadline(until)
@@ -47,14 +47,14 @@ class Session:
         self._begin = self._manners.begin
 
     def execute(self, statement: Executable, parameters: Any = None) -> Any:
-        """Execute one statement. Returns SQLAlchemy's result."""
+        """Execute one statement and return SQLAlchemy's result."""
         self._send_begin()
         result = self.connection.execute(statement, parameters)
         self._set_deadline(time.monotonic() + self._patience)
         return result
 
     def begin_preparing(self) -> None:
-        """Begin a transaction that changes tables, by way of :attr:`connection`."""
+        """Begin a transaction that changes tables through :attr:`connection`."""
         self._isolate()
         self._begin = self._manners.begin_preparing
         self._send_begin()

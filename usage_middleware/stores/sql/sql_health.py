@@ -1,4 +1,4 @@
-"""What is well with a database server, and what is not."""
+"""Check the settings of a database server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..findings import Finding, ok, problem, warning
 from .sql_schema import MYSQL
 
 _WAITING: Final = ("local", "remote_write", "on", "remote_apply")  # at least for the server's own disk
-# A setting, the values with which what was committed survives, and what is at risk with others.
+# A setting, the values with which committed data survives, and the risk with other values.
 _POSTGRESQL: Final = (
     ("fsync", ("on",), problem, "a power failure may damage the whole database"),
     ("full_page_writes", ("on",), problem, "a power failure may damage the whole database"),
@@ -24,7 +24,7 @@ _MYSQL: Final = (
 
 
 def findings(connection: Connection) -> Iterator[Finding]:
-    """Asks the server for its version, and for the settings on which durability depends."""
+    """Yield findings on the server's version and on the settings on which durability depends."""
     is_mysql = connection.dialect.name in MYSQL
     version = connection.execute(text("SELECT version()")).scalar()
     yield ok(f"the server is {version}")

@@ -1,7 +1,7 @@
-"""How the tables of a :class:`~usage_middleware.SQLAlchemyTokenStore` are made, and brought forward.
+"""How the tables of a :class:`~usage_middleware.SQLAlchemyTokenStore` are made, and upgraded.
 
 The steps are SQL as text, so that no later change of :mod:`.sql_schema` changes what they once did. MySQL commits each
-statement that defines something by itself, so a process may die in the middle of a step: each can be run again.
+statement that defines something by itself, so a process may die in the middle of a step. Each step can be run again.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from .sql_schema import MYSQL, TABLES
 
 VERSION_TABLE: Final = "usage_schema"
 
-# Any number that is ours alone: PostgreSQL's advisory locks are told apart by a number (its manual, 13.3.5).
+# Any number that is ours alone: PostgreSQL identifies advisory locks by a number (its manual, 13.3.5).
 _LOCK_NUMBER: Final = 7_216_885_309_340_021
 _LOCK_NAME: Final = "usage_middleware"
 _LOCK_SECONDS: Final = 60
 
-# What the two families of databases call the same.
+# The words of the two families of databases for the same things.
 _POSTGRESQL: Final = {
     "number": "BIGSERIAL",
     "digest": "BYTEA",
@@ -86,9 +86,9 @@ def _first(connection: Connection) -> None:
 def _renewal_and_days(connection: Connection) -> None:
     """Add renewal, what is held, usage by day, and idempotency keys that belong to a token.
 
-    Earlier operations had one id, the caller's or the store's own: it becomes their idempotency key too, so that a
-    call that was made before the upgrade and is repeated after it is still found. Their usage is booked by day as far
-    as they are not pruned, or a refund of one of them would make its day negative.
+    Earlier operations had one id, the caller's or the store's own. It becomes their idempotency key too, so that a
+    call that was made before the upgrade and is repeated after it is still found. Operations that are not pruned are
+    booked by day, or a refund of one of them would make its day negative.
     """
     _add_columns(
         connection,
@@ -117,9 +117,9 @@ def _renewal_and_days(connection: Connection) -> None:
         "requests BIGINT NOT NULL, input_tokens BIGINT NOT NULL, output_tokens BIGINT NOT NULL, "
         "PRIMARY KEY (token_id, day, model)",
     )
-    # What follows is one transaction with the record of the version, on MySQL too.
+    # On MySQL too, what follows is in one transaction with the record of the version.
     _execute(connection, "UPDATE usage_operations SET idempotency_key = id WHERE idempotency_key IS NULL")
-    # Version 1 left what open reservations of deleted tokens held; nothing can give it back.
+    # Version 1 left what open reservations of deleted tokens held; nothing can release it.
     _execute(
         connection,
         "UPDATE usage_operations SET held = 0, lapses_at = NULL "
@@ -140,12 +140,12 @@ def _renewal_and_days(connection: Connection) -> None:
 
 
 def _unique_keys(connection: Connection) -> None:
-    """Let a token have an idempotency key once. A step of its own, as MySQL commits when it makes an index."""
+    """Let a token have an idempotency key once. This is a step of its own, as MySQL commits when it makes an index."""
     _create_index(connection, "usage_operations_of_key", "usage_operations", "(token_id, idempotency_key)", unique=True)
 
 
 def _log(connection: Connection) -> None:
-    """Let a page of a token's log be found without a look at the operations before it."""
+    """Let a page of a token's log be found without reading the operations before it."""
     columns = "(token_id, number, kind, created_at)"
     _create_index(connection, "usage_operations_by_number", "usage_operations", columns)
     if "usage_operations_of_token" in _indexes(connection, "usage_operations"):
@@ -175,15 +175,15 @@ SCHEMA: Schema[Connection] = Schema(
 
 
 def is_current(connection: Connection) -> bool:
-    """Return whether the database has every table in its newest form. Reads only.
+    """Return whether the database has every table in its newest form. Only read.
 
-    :raises WrongTables: the database was made by a newer version, or by something else; without its name.
+    :raises WrongTables: the database was made by a newer version, or by something else. The message does not name it.
     """
     return SCHEMA.is_current(connection)
 
 
 def state(connection: Connection) -> TablesState:
-    """Return whether the database has tables of ours, and whether they are those of this version. Reads only.
+    """Return whether the database has tables of ours, and whether they are those of this version. Only read.
 
     :raises WrongTables: as :func:`is_current`.
     """
@@ -191,9 +191,9 @@ def state(connection: Connection) -> TablesState:
 
 
 def migrate(connection: Connection) -> None:
-    """Bring the database to the newest version, however many processes start at once. Commits.
+    """Migrate the database to the newest version and commit, however many processes start at once.
 
-    :raises WrongTables: as :func:`is_current`; or another process takes too long to do it.
+    :raises WrongTables: as :func:`is_current`; or another process takes too long to migrate.
     """
     if connection.dialect.name in MYSQL:
         parameters = {"name": _LOCK_NAME, "seconds": _LOCK_SECONDS}

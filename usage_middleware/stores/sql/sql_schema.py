@@ -1,7 +1,7 @@
 """The tables of a :class:`~usage_middleware.SQLAlchemyTokenStore`, as its statements use them.
 
-Their names begin with ``usage_``, as they stand among the tables of a service that has its own. What makes them is in
-:mod:`.sql_migrations`.
+Their names begin with ``usage_``, as the database may also have tables of the host service. :mod:`.sql_migrations`
+makes them.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ _UTF8_MAX_BYTES: Final = 4  # of one character
 
 
 class _Identifier(TypeDecorator[str]):
-    """Text that is the same only byte for byte.
+    """Text that is compared byte for byte.
 
-    MySQL compares text by a collation: most ignore case, and many blanks at the end. Its binary strings are exact.
+    MySQL compares text by a collation: most ignore case, and many ignore spaces at the end. Its binary strings are
+    exact.
     """
 
     impl = String
@@ -101,8 +102,8 @@ operations = Table(
     Column("refund_of", _Identifier),
     Column("created_at", Double),
     Column("changed_at", Double),
-    # Its expires_at while it is open and holds units, so that an index finds what has lapsed and nothing else: not
-    # every database has an index with a condition.
+    # The reservation's expires_at while it is open and holds units. An index on it finds what has lapsed and nothing
+    # else; not every database has an index with a condition.
     Column("lapses_at", Double),
 )
 

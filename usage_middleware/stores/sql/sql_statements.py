@@ -44,7 +44,7 @@ _operation_columns: Final = [operations.c.number, *(operations.c[name] for name 
 _operations: Final = select(*_operation_columns)
 _of_token: Final = operations.c.token_id == bindparam("token_id")
 
-# --- What is read outside of a transaction.
+# --- Queries outside of a transaction.
 
 TOKEN_BY_DIGEST: Final = select(*_token_columns).where(tokens.c.digest == bindparam("digest"))
 TOKEN_BY_ID: Final = select(*_token_columns).where(tokens.c.id == bindparam("token_id"))
@@ -55,7 +55,7 @@ PAGE: Final = (
     .order_by(tokens.c.id)
     .limit(bindparam("size"))
 )
-# One statement sees one state of the database, and in each a digest that was ever given is in one of the two.
+# One statement sees one snapshot, and in each snapshot a digest that was ever assigned is in one of the two tables.
 TAKEN: Final = union_all(
     *(select(t.c.digest).where(t.c.digest.in_(bindparam("digests", expanding=True))) for t in (tokens, retired_keys))
 )
@@ -74,7 +74,7 @@ HISTORY: Final = (
     .order_by(operations.c.number.desc())
     .limit(bindparam("size"))
 )
-# The index of a token's operations has all that decides, so only the operations of the page are read.
+# The index of a token's operations has all columns of the conditions, so only the operations of the page are read.
 _page_of_log: Final = (
     select(operations.c.number)
     .where(
@@ -112,9 +112,9 @@ USAGE_BY_DAY: Final = (
     .order_by(usage_by_day.c.token_id, usage_by_day.c.day, usage_by_day.c.model)
 )
 
-# --- What a transaction does.
+# --- Statements of a transaction.
 
-# Whatever holds the row's lock has the token (Transaction.load).
+# The transaction that holds the lock on this row has the token (Transaction.load).
 _lock_by_digest: Final = TOKEN_BY_DIGEST.with_for_update()
 _lock_by_id: Final = TOKEN_BY_ID.with_for_update()
 _lock_by_operation: Final = (
@@ -160,7 +160,7 @@ _of_deleted: Final = (
     .values(held=0, lapses_at=None)
 )
 _insert_token: Final = insert(tokens)
-# One of them may have been added by another and deleted again, since the look at those that are taken.
+# Another process may have added one of them and deleted it again since the query for those that are taken.
 _delete_retired: Final = delete(tokens).where(
     tokens.c.digest.in_(bindparam("digests", expanding=True)), exists().where(retired_keys.c.digest == tokens.c.digest)
 )
@@ -196,7 +196,7 @@ def _adding(table: Table, figures: Sequence[str]) -> tuple[Insert, Insert]:
 
 
 _add_model_usage: Final = _adding(model_usage, ("used",))
-_add_day: Final = _adding(usage_by_day, DAY_COLUMNS[2:])  # behind the day and the model
+_add_day: Final = _adding(usage_by_day, DAY_COLUMNS[2:])  # after the day and the model
 
 
 class SQLTransaction:
@@ -308,7 +308,7 @@ class SQLTransaction:
         rows = self._execute(_finished, {**times, "size": size}).all()
         if not rows:
             return 0
-        # Nothing else writes their operations then; what has changed until now is left.
+        # Nothing else writes these operations any more. Those that were changed before this are left.
         self._execute(_lock_all, {"ids": list({token_id for _, token_id in rows})}).all()
         return int(self._execute(_forget, {**times, "numbers": [number for number, _ in rows]}).rowcount)
 

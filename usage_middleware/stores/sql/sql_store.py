@@ -28,13 +28,14 @@ _Result = TypeVar("_Result")
 
 
 class SQLAlchemyTokenStore(QuotaStore):
-    """Keeps tokens in tables whose names begin with ``usage_``, made at the first use if there are none.
+    """Keep tokens in tables whose names begin with ``usage_``. The first use makes them if they are missing.
 
     :param url_or_engine: an SQLAlchemy URL such as ``"postgresql+psycopg://user:password@host/name"`` or
         ``"mysql+pymysql://…"``, or an :class:`~sqlalchemy.engine.Engine`, whose pool and options are then its owner's.
-    :param read_only: never writes, and makes no tables: they must be there.
+    :param read_only: never write, and never make tables: they must be there.
     :param clock: returns Unix time; for tests.
-    :raises TypeError, ValueError: it is neither, or is of another database; SQLite has :class:`SQLiteTokenStore`.
+    :raises TypeError, ValueError: the argument is neither, or names another kind of database; for SQLite there is
+        :class:`SQLiteTokenStore`.
     :raises ImportError: the database's driver is not installed.
 
     Nothing is connected before the first use. What a method returned is committed, and as durable as the server's
@@ -127,7 +128,7 @@ class SQLAlchemyTokenStore(QuotaStore):
         return self._database.read(statement, parameters)
 
     def has_tables(self) -> bool:
-        """Return whether this store's tables are there, of this version or an earlier one. Makes none."""
+        """Return whether this store's tables are there, of this version or an earlier one. Make none."""
         return self.tables_state() != "none"
 
     def tables_state(self) -> TablesState:
@@ -143,11 +144,11 @@ class SQLAlchemyTokenStore(QuotaStore):
         return iter(self._database.look(lambda connection: list(sql_health.findings(connection))))
 
     def close(self) -> None:
-        """Closes the connections, but for those of an engine that was handed in."""
+        """Close the connections, except those of an engine that the caller handed in."""
         self._database.close()
 
     def _prepare(self) -> None:
-        """Make sure that the tables are there, once in a process."""
+        """Make sure once in each process that the tables are there."""
         if not self._is_prepared:
             if self.tables_state() != "current":
                 if self._is_read_only:

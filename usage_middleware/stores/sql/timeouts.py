@@ -1,8 +1,8 @@
 """How long a driver waits for its server.
 
 A server that stops answering (it is stopped, or a network drops its packets) closes no connection, and TCP itself waits
-for many minutes. A stopped process is not even noticed by ``tcp_user_timeout``, as its kernel still acknowledges what
-is sent. So the driver's own wait is what has to end.
+for many minutes. Even ``tcp_user_timeout`` does not notice a stopped process, as its kernel still acknowledges what is
+sent. So the driver's own wait has to end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from sqlalchemy import URL, Engine, event
 
-#: Sets the time (of :func:`time.monotonic`) at which a connection stops waiting; ``None``: as its owner has it.
+#: Sets the time (of :func:`time.monotonic`) at which a connection stops waiting; ``None``: use its owner's setting.
 SetDeadline = Callable[[float | None], None]
 
 _SHORTEST: Final = 0.001  # seconds; a driver takes 0 for "no timeout"
@@ -24,9 +24,10 @@ _HAVE_CONNECT_TIMEOUT: Final = ("psycopg", "psycopg2", "pymysql", "mysqldb")
 
 
 def deadline_setter(connection: Any, *, is_own: bool) -> SetDeadline:
-    """Return what bounds the waits of a driver's connection. A driver that offers nothing is left as it is.
+    """Return a function that bounds the waits of a driver's connection. For a driver without such a setting, it does
+    nothing.
 
-    :param is_own: whether the connection has no timeouts but ours. Those of another owner still hold.
+    :param is_own: whether the connection has only our timeouts. Another owner's timeouts still hold.
     """
     module = type(connection).__module__.partition(".")[0]
     if module == "psycopg":
@@ -47,13 +48,13 @@ class _Wait:
     """``psycopg.Connection.wait`` with a deadline.
 
     psycopg waits in turns of a tenth of a second, so that it notices Ctrl-C. After a turn in which the server sent
-    nothing it resumes the generator with 0.
+    nothing, it resumes the generator with 0.
     """
 
     __slots__ = ("_connection", "_until")
 
     def __init__(self, connection: Any) -> None:
-        # A strong reference would be a cycle, and keep a connection that was dropped open until it is collected.
+        # A strong reference would be a cycle, and keep a dropped connection open until the garbage collector runs.
         self._connection = weakref.ref(connection)
         self._until: float | None = None
 
@@ -80,13 +81,13 @@ class _Wait:
 
         connection = self._connection()
         if connection is not None:
-            # psycopg and SQLAlchemy both tell by this that it cannot be used any more.
+            # By this psycopg and SQLAlchemy both know that the connection cannot be used any more.
             connection.close()
         raise OperationalError("the server did not answer in time")
 
 
 class _SocketTimeouts:
-    """The socket timeouts of PyMySQL, which it reads before it waits. They have no public name after connecting."""
+    """The socket timeouts of PyMySQL, which it reads before it waits. After connecting they have no public name."""
 
     __slots__ = ("_connection", "_owners")
 
@@ -105,8 +106,8 @@ class _SocketTimeouts:
 def limit_connecting(engine: Engine, seconds_left: Callable[[], float]) -> None:
     """Let an engine spend no more seconds on a new connection than the thread that needs it has left.
 
-    :param seconds_left: returns 0 or less if no call of ours is at work in the thread: an owner's engine then connects
-        as its owner has it.
+    :param seconds_left: returns 0 or less if no call of ours runs in the thread. An owner's engine then connects with
+        its owner's timeout.
     """
     if engine.driver not in _HAVE_CONNECT_TIMEOUT:
         return
@@ -118,7 +119,7 @@ def limit_connecting(engine: Engine, seconds_left: Callable[[], float]) -> None:
         parameters.setdefault("connect_timeout", _each_attempt(engine.url, left))
         if engine.driver != "pymysql":
             return None
-        # It waits for a greeting as it waits for an answer. What is added here ends with the connecting.
+        # PyMySQL waits for a greeting as it waits for an answer. What is added here ends when it is connected.
         limits = {name: left for name in ("read_timeout", "write_timeout") if name not in parameters}
         connection = dialect.connect(*arguments, **parameters, **limits)
         for name in limits:
@@ -131,12 +132,12 @@ def limit_connecting(engine: Engine, seconds_left: Callable[[], float]) -> None:
 def _each_attempt(url: URL, seconds: float) -> int:
     """Return how long each attempt may take, so that all of them together take no longer than ``seconds``.
 
-    Drivers try the addresses of a host one after the other, and each has the whole timeout. A name such as
+    Drivers try the addresses of a host one after the other, each with the whole timeout. A name such as
     ``localhost`` often has two.
     """
     addresses = 1
     if url.host and not url.host.startswith("/"):
-        with suppress(OSError):  # The driver says what is wrong with the name.
+        with suppress(OSError):  # The driver reports what is wrong with the name.
             addresses = len({found[4] for found in socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)})
     # Whole seconds, as libpq has it, which takes 1 for 2.
     return max(int(seconds / addresses), 1)

@@ -1,4 +1,4 @@
-"""SQLite connections for a store: opened when they are needed, lent to one thread at a time, never used over a fork."""
+"""SQLite connections for a store: opened when needed, lent to one thread at a time, never used across a fork."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .handle import Box, close_all, open_handle
 from .turn import Turn, WriteLock
 
 _MINIMUM_VERSION: Final = (3, 37)  # STRICT tables (sqlite.org/stricttables.html)
-_MOST_IDLE: Final = 64  # a connection more than these is closed when its thread is done with it
-_CHECK_INTERVAL: Final = 1.0  # seconds in which readers do not look whether the file is still the same
-# Seconds between two attempts at a lock, on the average. Shorter ones cost more, with many who wait, than they gain.
+_MOST_IDLE: Final = 64  # any further connection is closed when its thread has finished with it
+_CHECK_INTERVAL: Final = 1.0  # seconds between two checks by readers that the file is still the same
+# Average seconds between two attempts at a lock. If many processes wait, shorter pauses cost more than they gain.
 _PAUSE: Final = 0.004
 _NEW_FILE: Final = stat.S_IFREG | 0o660
 
@@ -33,27 +33,27 @@ _Result = TypeVar("_Result")
 
 
 class _Pool:
-    """The connections of one process to the file that is at a path."""
+    """The connections of one process to the file at a path."""
 
     __slots__ = ("check_at", "epoch", "existed", "file", "idle", "lock")
 
     def __init__(self) -> None:
         self.idle: Box = []
         self.lock = WriteLock()
-        self.file: tuple[int, int] | None = None  # to which the connections are
+        self.file: tuple[int, int] | None = None  # the file that the connections have open
         self.existed = False
         self.epoch = object()
         self.check_at = 0.0  # time.monotonic()
 
     def take_back(self, box: Box) -> None:
-        """Take the connection out of a box that a call is done with."""
+        """Take the connection back from the box of a call that has finished."""
         if box[0].epoch is self.epoch and len(self.idle) < _MOST_IDLE:
             self.idle.append(box.pop())
         else:
             close_all(box)
 
     def close(self) -> None:
-        """Close what is idle. A connection that is lent out is closed when it comes back."""
+        """Close the idle connections. A connection that is lent out is closed when it comes back."""
         self.file = None
         self.check_at = 0.0
         self.epoch = object()
@@ -71,12 +71,12 @@ class _Pool:
 class Connections:
     """The connections to one database file.
 
-    Nothing is opened before the first use, so that a server may construct a store and then fork. What is idle is closed
-    before a fork. A child that has inherited a connection all the same, which was in use by another thread for long or
-    at a fork that Python was not told of, is refused; see :mod:`usage_middleware.forks`.
+    Nothing is opened before the first use, so that a server may construct a store and then fork. Idle connections are
+    closed before a fork. A child may still inherit a connection, if another thread used it for long or if C code forked
+    without Python. That child gets a :class:`StoreError`; see :mod:`usage_middleware.forks`.
 
-    An exception may arrive anywhere; see :mod:`.handle` for how no connection is left behind. One through which an
-    unknown exception has passed is closed, as nothing is known of it.
+    An exception may arrive anywhere; :mod:`.handle` describes how no connection is left behind. After an unknown
+    exception a connection is closed, as its state is unknown.
     """
 
     def __init__(self, path: str, *, timeout: float, synchronous: str, read_only: bool) -> None:
@@ -85,7 +85,7 @@ class Connections:
         self._synchronous = synchronous
         self._read_only = read_only
         self._closed = False
-        # Closed at the exit of the interpreter too, so that SQLite can take its write-ahead log away.
+        # Closed when the interpreter exits too, so that SQLite can remove its write-ahead log.
         self._pools = forks.PerProcess(_Pool, _Pool.close)
         forks.close_before_fork(self)
 
@@ -112,9 +112,9 @@ class Connections:
             raise
 
     def transact(self, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
-        """Return what ``work`` returns, once all that it did in a transaction is committed.
+        """Return what ``work`` returns, once its transaction is committed.
 
-        What ``work`` raises undoes it. So does an exception that arrives before the commit, and none does after it.
+        An exception that ``work`` raises, or that arrives before the commit, rolls back. After the commit none does.
         """
         if self._read_only:
             raise StoreError(f"{self._path} was opened read-only")
@@ -124,7 +124,8 @@ class Connections:
         with turn, turn:
             return self._transact(pool, turn, work)
 
-    # What holds something begins no `try` in its own frame: where one begins, Python guards nothing.
+    # A method that holds something has no `try` in its own frame: an exception that arrives at the beginning of a `try`
+    # is not caught by it.
 
     def _transact(self, pool: _Pool, turn: Turn, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
         if not turn.take(self._timeout):
@@ -138,7 +139,7 @@ class Connections:
     def _work(self, pool: _Pool, box: Box, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
         try:
             return work(box[0].connection)
-        except QuotaError:  # a refusal is an answer, and no reason to open another connection
+        except QuotaError:  # a refusal is an answer, so the connection can be used again
             with suppress(sqlite3.Error):
                 box[0].connection.rollback()
                 pool.take_back(box)
@@ -147,13 +148,13 @@ class Connections:
             raise self._explained(error) from error
 
     def close_idle(self) -> None:
-        """Close what this process has idle. The next use opens it again."""
+        """Close this process's idle connections. The next use opens one again."""
         pool = self._pools.peek()
         if pool is not None:
             pool.close()
 
     def close(self) -> None:
-        """Close this process's connections. Those lent out follow as they come back."""
+        """Close this process's connections. Those lent out are closed when they come back."""
         self._closed = True
         self._pools.close()
 
@@ -169,8 +170,8 @@ class Connections:
             try:
                 self._lend(pool, box, write=True)
                 is_lent = True
-                # IMMEDIATE, as a deferred transaction that turns into a write fails at once if another has written
-                # meanwhile, however long one waits (sqlite.org/lang_transaction.html, section 2.2).
+                # IMMEDIATE, because a deferred transaction that turns into a write fails at once if another has written
+                # meanwhile, whatever the timeout is (sqlite.org/lang_transaction.html, section 2.2).
                 box[0].connection.execute("BEGIN IMMEDIATE")
                 return
             except sqlite3.Error as error:
@@ -205,10 +206,10 @@ class Connections:
                 self._open(pool, box)
 
     def _check_file(self, pool: _Pool, box: Box) -> None:
-        """Make sure that the connections of a pool are to the file that is at the path now.
+        """Make sure that the connections of a pool have the file open that is at the path now.
 
         A file that is removed or replaced lives on for a process that has it open. What is written there is lost, and
-        SQLite does not tell (sqlite.org/howtocorrupt.html, section 2.4).
+        SQLite does not report it (sqlite.org/howtocorrupt.html, section 2.4).
         """
         if pool.file is None or pool.file != _identity(self._path):
             pool.close()
@@ -225,9 +226,9 @@ class Connections:
         """Put the first connection into a box, to a database whose tables are there."""
         if sqlite3.sqlite_version_info < _MINIMUM_VERSION:
             raise StoreError(f"SQLite 3.37 or newer is needed, this is {sqlite3.sqlite_version}")
-        from . import sqlite_schema  # loads sqlite-utils, which a service that only passes through does without
+        from . import sqlite_schema  # loads sqlite-utils, which a service that never uses its store does not need
 
-        # A database that was there is not made again: someone is about to put it back.
+        # A database that existed and was removed is not made again: an operator may be about to restore it.
         if not self._read_only and not pool.existed:
             _make_file(self._path)
         file = _identity(self._path)
@@ -263,11 +264,11 @@ class Connections:
         return is_wrong or sqlite_errors.is_busy(error)
 
     def _wait(self, error: sqlite3.Error, since: float, *, is_transient: bool) -> float:
-        """Pause until the next attempt. Return when the first one failed.
+        """Pause until the next attempt. Return the time at which the first one failed.
 
-        SQLite's own busy handler asks the less often the longer it waits, down to ten times a second, and so lets
-        newcomers go first: with many writers, some wait for seconds. Here all ask equally often, so that each time
-        the lock is free all have the same chance.
+        SQLite's own busy handler asks less often the longer it waits, down to ten times a second. So newcomers go
+        first, and with many writers some wait for seconds. Here all writers ask equally often, so each has the same
+        chance whenever the lock is free.
 
         :raises StoreError: another attempt would not help, or the time is up.
         """
@@ -290,23 +291,23 @@ class Connections:
 def _make_file(path: str) -> None:
     """Make an empty file that others cannot read, if there is none. SQLite gives ``-wal`` and ``-shm`` its mode."""
     target = os.path.realpath(path)
-    with suppress(OSError):  # it is there; or SQLite finds out why it cannot be made
+    with suppress(OSError):  # the file exists, or SQLite will report why it cannot be made
         try:
-            # Opens nothing: to close a file would give up the locks that another thread has on it by then.
+            # mknod opens nothing. Closing a file would release the locks that another thread has on it by then.
             os.mknod(target, _NEW_FILE)
-        except (AttributeError, PermissionError):  # on some systems, that is for the administrator alone
+        except (AttributeError, PermissionError):  # on some systems only the administrator may call mknod
             os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, stat.S_IMODE(_NEW_FILE)))
 
 
 def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
-    """Switch the file to WAL, which lasts: readers and the writer do not wait for each other then."""
+    """Switch the file to WAL for good. In WAL mode, readers and the writer do not wait for each other."""
     (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
     if mode != "wal":
         raise StoreError(f"cannot have a write-ahead log (journal mode is {mode!r}); use a local file system")
 
 
 def _identity(path: str) -> tuple[int, int] | None:
-    """Return what tells a file from another that has its name later."""
+    """Return what distinguishes a file from a later one of the same name."""
     try:
         status = os.stat(path)
     except OSError:

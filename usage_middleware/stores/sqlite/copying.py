@@ -1,4 +1,4 @@
-"""A copy of an SQLite database, to do with as one likes."""
+"""A temporary copy of an SQLite database, which the caller may change."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from . import reading, sqlite_errors
 
 @contextmanager
 def temporary_copy(path: str) -> Iterator[str]:
-    """Yield the path of a copy of the database, which no other user can read. It is removed at the end.
+    """Yield the path of a copy of the database. No other user can read the copy, and it is removed at the end.
 
-    The database is read as one of another program: nothing beside it changes, and a live one is copied whole.
+    The database is read as one of another program. No file beside it changes, and one that is in use is copied as a
+    consistent whole.
 
     :raises StoreError: it cannot be read.
     """

@@ -1,10 +1,10 @@
-"""One SQLite connection, and the list that has it: how neither an exception nor a fork leaves one behind.
+"""One SQLite connection and the list that owns it, so that no exception and no fork leaves it behind.
 
 An exception may arrive between any two steps of a program: a signal handler raises, a worker's time is up, a greenlet
-is killed. So a connection is always in a list, a *box*: that of the call that uses it, or the idle ones of a pool. It
-enters the box before SQLite is called, and the call closes what is left in its box, whatever has happened. From one
-list to another it moves as ``other.append(box.pop())``: if an exception arrives in between, the handle is on the
-interpreter's stack alone, and is freed, which closes the connection.
+is killed. So a connection is always in a list, a *box*: the box of the call that uses it, or the idle list of a pool.
+It enters the box before SQLite is called, and the call always closes what is left in its box. A connection moves from
+one list to another by ``other.append(box.pop())``. If an exception arrives in between, only the interpreter's stack
+holds the handle, so it is freed, which closes the connection.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from ... import forks
 
 
 class Handle:
-    """What a connection is reached by, and freed with: by itself it waits for the garbage collector, as it refers to
-    its cache of statements, and that to it.
+    """The owner of a connection, which is freed together with it. A connection alone is part of a reference cycle with
+    its cache of statements, and would wait for the garbage collector.
 
-    It counts as open, by :mod:`usage_middleware.forks`, from before SQLite is called until SQLite has closed it.
+    For :mod:`usage_middleware.forks` it counts as open from before SQLite is called until SQLite has closed it.
     """
 
     _may_be_open = False
 
     def __init__(self, path: str, *, epoch: object, frozen: object) -> None:
-        #: Not open yet: made first, so that there is no step between opening it and having it.
+        #: Not open yet. It is made first, so that no step lies between opening it and storing it.
         self.connection: Final = sqlite3.Connection.__new__(sqlite3.Connection)
         self.path: Final = path
-        #: What its pool had then. It takes back no connection that was opened before its file was replaced.
+        #: The epoch of its pool at that time. A pool does not take back a connection from before its file was replaced.
         self.epoch: Final = epoch
-        #: The state of a file that is read as one that does not change; see :mod:`.reading`.
+        #: The state of a file that is read as if it did not change; see :mod:`.reading`.
         self.frozen: Final = frozen
         self._process = os.getpid()
 
     @property
     def is_inherited(self) -> bool:
-        """Whether it was opened by a process that has forked this one."""
+        """Whether a process that forked this one has opened it."""
         return self._process != os.getpid()
 
     def open(self, options: str, timeout: float) -> None:
@@ -57,7 +57,7 @@ class Handle:
         )
 
     def close(self) -> None:
-        """Close the connection, once or again. If it is inherited, it is left alone instead, and never freed."""
+        """Close the connection. Calling it again is fine. If it is inherited, leave it alone and never free it."""
         if self.is_inherited:
             forks.keep(self.connection)
             return
@@ -75,7 +75,7 @@ Box = list[Handle]
 
 
 def _initialise(connection: sqlite3.Connection, *arguments: Any, **options: Any) -> sqlite3.Connection:
-    """Do what SQLite's module would do with a new connection."""
+    """Initialise a connection, as the ``sqlite3`` module would do."""
     sqlite3.Connection.__init__(connection, *arguments, **options)
     return connection
 

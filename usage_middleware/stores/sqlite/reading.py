@@ -1,8 +1,8 @@
-"""Reading an SQLite database that another program may keep: its file and its folder are left alone.
+"""Reading an SQLite database that another program may own, without a change to its file or its folder.
 
 ``mode=ro`` alone is not enough. If a database is in WAL mode and no program has it open, even a reader makes the files
-``-wal`` and ``-shm`` beside it, and leaves them there (sqlite.org/wal.html, "Read-Only Databases"). They belong to the
-reader then, and a program that runs as another user cannot write its own database any more.
+``-wal`` and ``-shm`` beside it, and leaves them there (sqlite.org/wal.html, "Read-Only Databases"). Then they
+belong to the reader, and a program that runs as another user cannot write its own database any more.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from .handle import Box, Handle, close_all, open_handle
 
 _Result = TypeVar("_Result")
 
-_TIMEOUT: Final = 5.0  # seconds in which a writer should be done with its commit
+_TIMEOUT: Final = 5.0  # seconds within which a writer should have finished its commit
 
-# Seconds in which a program that opens or closes a database has a log without its index, at the most.
+# The most seconds for which a program that opens or closes a database has a log without its index.
 _TRANSITION: Final = 1.0
-_PAUSE: Final = 0.001  # seconds between two looks
+_PAUSE: Final = 0.001  # seconds between two attempts
 
 _WAL_HEADER: Final = b"\2\2"  # the two bytes at 18: the versions of the file format (sqlite.org/fileformat.html, 1.3)
 
 # Options of an SQLite URI (sqlite.org/uri.html).
 _LIVE: Final = "mode=ro"
-# Not on that page: SQLite neither makes the file -shm nor writes it. One process opens it in one way, so a process that
-# may write it does, or could not write the database either.
+# Not on that page: SQLite neither makes nor writes the file -shm. A process opens that file in one way for all its
+# connections. So a process that may write it opens it for writing, or it could not write the database either.
 _LIVE_OF_ANOTHER_USER: Final = "mode=ro&readonly_shm=1"
-# SQLite takes no lock on an immutable file and looks for no files beside it. It is not immutable; but as long as there
-# is no log, no program writes, and is_unchanged() notices one that came after that.
+# SQLite takes no lock on an immutable file and looks for no files beside it. The file is not really immutable. But as
+# long as there is no log, no program writes, and has_changed() notices a log that appears later.
 _FROZEN: Final = "mode=ro&immutable=1"
 
 _COLUMNS: Final = (
@@ -43,11 +43,11 @@ _COLUMNS: Final = (
 
 
 def open_reader(box: Box, path: str, *, timeout: float = 0.0, epoch: object = None) -> sqlite3.Connection:
-    """Open the database at ``path`` into a box, to read it. Makes no file, whatever is there.
+    """Open the database at ``path`` into a box, to read it. Never make a file.
 
     :raises OSError: the file cannot be read.
-    :raises StoreError: it can only be read by a program that may write.
-    :raises sqlite3.Error: it cannot be opened. Much of what is wrong shows only when it is first read.
+    :raises StoreError: only a program that may write can read it.
+    :raises sqlite3.Error: it cannot be opened. Many faults show only at the first read.
     """
     file = os.path.realpath(path)  # SQLite looks for the log beside the file that a symbolic link leads to
     deadline = time.monotonic() + _TRANSITION
@@ -68,8 +68,10 @@ def open_reader(box: Box, path: str, *, timeout: float = 0.0, epoch: object = No
 
 
 def has_changed(reader: Handle) -> bool:
-    """Return whether another program has written since the reader was opened and no lock has kept it from that, so that
-    what was read may be wrong: open and read again."""
+    """Return whether another program has written since the reader was opened, and no lock prevented that.
+
+    If so, what was read may be wrong. Open the file and read it again.
+    """
     try:
         return reader.frozen is not None and reader.frozen != _frozen_state(reader.path)
     except OSError:  # the file was taken away
@@ -77,13 +79,14 @@ def has_changed(reader: Handle) -> bool:
 
 
 def is_wrong(reader: Handle, error: Exception) -> bool:
-    """Return whether an error may only be that another program has written, opened or closed the database meanwhile."""
+    """Return whether an error may only mean that another program wrote, opened or closed the database meanwhile."""
     if reader.frozen is not None:
-        # Half of it as it was and half as it is now may look like a damaged file.
+        # A file that is half old and half new may look damaged.
         return has_changed(reader)
     if "unable to open" in str(error):
         return _may_read(f"{reader.path}-wal") and _may_read(f"{reader.path}-shm")
-    # The index of a log is being made. In another mode a journal was left, and stays until a program may write.
+    # In WAL mode, another program is making the index of the log. In other modes a journal was left behind, and stays
+    # until a program writes.
     return "readonly" in str(error) and _was_wal(reader.path)
 
 
@@ -95,12 +98,12 @@ def _was_wal(path: str) -> bool:
 
 
 def _may_read(file: str) -> bool:
-    """Return whether this process may read a file, which may come and go; also if there is none."""
+    """Return whether this process may read a file, or the file does not exist. It may appear and vanish meanwhile."""
     return any(os.access(file, os.R_OK) or not os.path.exists(file) for _ in range(5))
 
 
 def look(path: str, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
-    """Return what ``work`` reads in the database of another program, which it may be asked to read again.
+    """Return what ``work`` reads in the database of another program. ``work`` may be called again.
 
     :raises StoreError: the file cannot be opened.
     """
@@ -136,7 +139,7 @@ def _decode(text: bytes) -> str:
 
 
 def is_wal(path: str) -> bool:
-    """Return whether a database is in WAL mode, which a file is in for good once it was.
+    """Return whether a database is in WAL mode, which stays with its file.
 
     :raises OSError: the file cannot be read.
     """
@@ -144,8 +147,9 @@ def is_wal(path: str) -> bool:
 
 
 def _frozen_state(path: str) -> object:
-    """Return what changes when a database is written that is in WAL mode and that no program has open; ``None`` if it
-    is not such a one.
+    """Return a value that changes when the database is written, or ``None`` if a reader needs locks.
+
+    It is for a database in WAL mode that no program has open.
 
     A program that writes a database has a log as long as it is open, and changes the file before it removes the log.
     """
@@ -155,8 +159,8 @@ def _frozen_state(path: str) -> object:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-# By device and inode, which is not given to another file as long as this is open. They stay open: to close any
-# descriptor of a file gives up every lock that the process has on it, those of SQLite's connections too
+# By device and inode. No other file gets the same inode as long as this one is open. The files stay open: closing any
+# descriptor of a file releases every lock that the process has on it, those of SQLite's connections too
 # (sqlite.org/howtocorrupt.html, section 2.2).
 _descriptors: Final[dict[tuple[int, int], int]] = {}
 
@@ -172,9 +176,9 @@ def _is_wal(path: str, status: os.stat_result) -> bool:
 
 
 def _close_removed() -> None:
-    """Close what would take a removed file's space until this process ends."""
+    """Close removed files, which would otherwise take space until this process ends."""
     for file, descriptor in list(_descriptors.items()):
-        # One thread gets it, and closes it.
+        # Only one thread gets the descriptor, and closes it.
         if os.fstat(descriptor).st_nlink == 0 and _descriptors.pop(file, None) is not None:
             os.close(descriptor)
 
@@ -182,7 +186,7 @@ def _close_removed() -> None:
 def columns(path: str, table: str) -> set[str]:
     """Return the names of a table's columns; none if there is no such table, or ``path`` is not a database.
 
-    A view is not a table: to read one may take for ever.
+    A view is not a table: reading a view may take for ever.
 
     :raises StoreError: the file cannot be opened.
     """

@@ -1,4 +1,4 @@
-"""What the operator needs to know of an error of SQLite. Its texts hold no keys and no digests."""
+"""SQLite's errors, explained for an operator. The texts hold no keys and no digests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Intent = Literal["read", "write", "make"]
 
 
 def is_busy(error: sqlite3.Error) -> bool:
-    """Return whether another connection had a lock, so that it is worth another try."""
+    """Return whether another connection had a lock, so that a retry may succeed."""
     return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
 
 
@@ -23,7 +23,7 @@ def locked(path: str, timeout: float) -> StoreError:
 def explained(path: str, error: Exception, intent: Intent) -> StoreError:
     """Return the error for a store's caller.
 
-    :param intent: what the file was opened for. ``"make"``: to write it, and make it if it is not there.
+    :param intent: what the file was opened for. ``"make"``: to write it, and to make it if it is missing.
     """
     text = str(error)
     if isinstance(error, OSError) or "unable to open" in text:
@@ -31,7 +31,7 @@ def explained(path: str, error: Exception, intent: Intent) -> StoreError:
     if "not a database" in text:
         return StoreError(f"{path} is not an SQLite database")
     if "readonly" in text and intent == "read":
-        # A journal, or a log, that a program which was killed has left.
+        # A program that was killed has left a journal or a log.
         return StoreError(f"{path} was left in the middle of a transaction; open it once for writing")
     if "readonly" in text:
         return StoreError(f"{path} cannot be written: the file or its folder is read-only")

@@ -1,4 +1,4 @@
-"""What is well with an SQLite database, and what is not."""
+"""Check an SQLite database."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Final
 from ..findings import Finding, ok, problem, warning
 from . import reading, sqlite_errors
 
-_MOST_DAMAGES: Final = 5  # that are named
-_LARGE_LOG: Final = 100 * 2**20  # bytes; SQLite begins again at about 4 MiB (1,000 pages)
+_MOST_DAMAGES: Final = 5  # of a damaged file that are listed
+_LARGE_LOG: Final = 100 * 2**20  # bytes; SQLite starts the log again at about 4 MiB (1,000 pages)
 
 
 def findings(path: str) -> Iterator[Finding]:
-    """Yield what is well with the database, and what is not, without a change to it or its folder.
+    """Check the database and yield one finding per check. Neither it nor its folder changes.
 
     :raises StoreError: it cannot be read.
     """
@@ -44,8 +44,10 @@ def _examine(connection: sqlite3.Connection) -> tuple[str, str]:
 
 
 def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
-    """Whether SQLite may, very rarely, damage a file when a checkpoint and a writer race: sqlite.org/wal.html, section
-    "The WAL Reset Bug", which names the releases that fixed it."""
+    """Return whether this SQLite may, very rarely, damage a file when a checkpoint and a writer race.
+
+    See sqlite.org/wal.html, section "The WAL Reset Bug", which names the releases that fixed it.
+    """
     return not ((3, 44, 6) <= version < (3, 45) or (3, 50, 7) <= version < (3, 51) or version >= (3, 51, 3))
 
 
@@ -61,7 +63,7 @@ def _version(version: tuple[int, ...]) -> Finding:
 
 def _permissions(path: str) -> Iterator[Finding]:
     folder = os.path.dirname(os.path.realpath(path))
-    # SQLite's own files hold the newest rows, and were made by whoever used the database first.
+    # SQLite's own files hold the newest rows. The first user of the database has made them.
     files = [file for file in (path, f"{path}-wal", f"{path}-shm") if os.path.exists(file)]
     modes = {file: stat.S_IMODE(os.stat(file).st_mode) for file in files}
     folder_mode = os.stat(folder).st_mode

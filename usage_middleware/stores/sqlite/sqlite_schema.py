@@ -1,6 +1,6 @@
 """Table definitions of a :class:`~usage_middleware.SQLiteTokenStore`, and their migrations.
 
-Each step is one that a database may have gone through, so it is never edited, only followed by another.
+A released version may have applied each step, so a step is never edited, only followed by another.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LAST_WITHOUT_NUMBER = 2
 
 
 def _tokens(connection: sqlite3.Connection) -> None:
-    # AUTOINCREMENT: the id of a deleted token is never given again (sqlite.org/autoinc.html).
+    # AUTOINCREMENT: the id of a deleted token is never used again (sqlite.org/autoinc.html).
     connection.execute(
         """
         CREATE TABLE tokens (
@@ -82,9 +82,9 @@ def _operations(connection: sqlite3.Connection) -> None:
 def _renewal_and_days(connection: sqlite3.Connection) -> None:
     """Add renewal, what is held, usage by day, and idempotency keys that belong to a token.
 
-    Earlier operations had one id, the caller's or the store's own: it becomes their idempotency key too, so that a
-    call that was made before the upgrade and is repeated after it is still found. Their usage is booked by day as far
-    as they are not pruned, or a refund of one of them would make its day negative.
+    Earlier operations had one id, the caller's or the store's own. It becomes their idempotency key too, so that a
+    call that was made before the upgrade and is repeated after it is still found. Operations that are not pruned are
+    booked by day, or a refund of one of them would make its day negative.
     """
     for column in (
         "renewal TEXT NOT NULL DEFAULT '' CHECK (renewal IN ('', 'daily', 'weekly', 'monthly'))",
@@ -130,7 +130,7 @@ def _renewal_and_days(connection: sqlite3.Connection) -> None:
         FROM operations_of_version_2 ORDER BY number
         """
     )
-    # A number that was given is never given again, even if its operation was pruned.
+    # A number is never used again, even if its operation was pruned.
     connection.execute(
         "UPDATE sqlite_sequence SET seq = (SELECT max(seq) FROM sqlite_sequence"
         " WHERE name IN ('operations', 'operations_of_version_2')) WHERE name = 'operations'"
@@ -141,7 +141,7 @@ def _renewal_and_days(connection: sqlite3.Connection) -> None:
         " (SELECT 1 FROM sqlite_sequence WHERE name = 'operations')"
     )
     connection.execute("DROP TABLE operations_of_version_2")
-    # Earlier versions left what open reservations of deleted tokens held; nothing can give it back.
+    # Earlier versions left what open reservations of deleted tokens held; nothing can release it.
     connection.execute(
         "UPDATE operations SET held = 0 WHERE final_amount IS NULL AND held > 0 AND token_id NOT IN"
         " (SELECT id FROM tokens)"
@@ -182,13 +182,13 @@ def _renewal_and_days(connection: sqlite3.Connection) -> None:
     )
     connection.execute("CREATE TABLE usage_schema (version INTEGER NOT NULL) STRICT")
     connection.execute("INSERT INTO usage_schema VALUES (0)")
-    # Without its record, an earlier version refuses the file, where it would write it wrong.
+    # Without this record an earlier version refuses the file. With it, that version would write the file wrong.
     if _FIRST_RECORD in _database(connection).table_names():
         connection.execute(f"DELETE FROM {_FIRST_RECORD} WHERE migration_set = 'usage_middleware'")
 
 
 def _log(connection: sqlite3.Connection) -> None:
-    """Let a page of a token's log be found without a look at the operations before it."""
+    """Let a page of a token's log be found without reading the operations before it."""
     connection.execute("DROP INDEX operations_of_token")
     connection.execute("CREATE INDEX operations_of_token ON operations (token_id, number, kind, created_at)")
     # Refunds are few, and far apart.
@@ -198,7 +198,7 @@ def _log(connection: sqlite3.Connection) -> None:
 def _version(connection: sqlite3.Connection) -> int:
     database = _database(connection)
     tables = database.table_names()
-    # Whatever the file says of itself: to read a view may take for ever.
+    # A table, whatever the file contains: reading a view of this name may take for ever.
     _refuse("view", database.view_names())
     if "usage_schema" in tables:
         row = connection.execute("SELECT max(version) FROM usage_schema").fetchone()
@@ -233,11 +233,11 @@ SCHEMA: Schema[sqlite3.Connection] = Schema(
 
 
 def state(connection: sqlite3.Connection) -> TablesState:
-    """Return whether the database has tables of ours, and whether they are those of this version. Reads only.
+    """Return whether the database has tables of ours, and whether they are those of this version. Only read.
 
     :raises WrongTables: the database was made by a newer version, or by something else.
     """
-    # It takes two reads, and another process may migrate between them.
+    # This takes two reads, and another process may migrate between them.
     connection.execute("BEGIN")
     try:
         return SCHEMA.state(connection)
@@ -246,8 +246,8 @@ def state(connection: sqlite3.Connection) -> TablesState:
 
 
 def migrate(connection: sqlite3.Connection) -> None:
-    """Bring the database to the newest version, whole or not at all, however many processes start at once."""
+    """Migrate the database to the newest version or not at all, however many processes start at once."""
     connection.execute("BEGIN IMMEDIATE")
-    # Another process may have been first; inside of the transaction none is any more.
+    # Another process may have migrated first. No other process can migrate during this transaction.
     SCHEMA.upgrade(connection)
     connection.execute("COMMIT")

@@ -29,18 +29,18 @@ _SYNCHRONOUS: Final = ("OFF", "NORMAL", "FULL", "EXTRA")  # sqlite.org/pragma.ht
 
 
 class SQLiteTokenStore(QuotaStore):
-    """Keeps tokens in an SQLite database in WAL mode, made at the first use if there is none.
+    """Keep tokens in an SQLite database in WAL mode. The first use makes it if it is missing.
 
     :param path: the database file. It belongs on a local file system: SQLite's locks and its shared memory do not
         work over a network (sqlite.org/wal.html).
     :param timeout: how many seconds to wait for another process's lock before a :class:`StoreError`.
     :param synchronous: SQLite's ``synchronous``. ``"FULL"``: what a method returned has reached the disk.
-        ``"NORMAL"``: a power failure may undo the last of it, and never damages the file.
-    :param read_only: never writes; the database must be there.
+        ``"NORMAL"``: a power failure may undo the last changes, but never damages the file.
+    :param read_only: never write; the database must exist.
     :param clock: returns Unix time; for tests.
-    :raises TypeError, ValueError: an argument cannot be what it is meant to be. The database itself is first asked
-        for by a method, and a :class:`StoreError` then says what is wrong with it: construction opens nothing,
-        so that a server may fork afterwards, and a broken database does not keep the host from starting.
+    :raises TypeError, ValueError: an argument cannot be used. Construction opens nothing, so that a server may fork
+        afterwards, and a broken database does not keep the host from starting. The first method that uses the
+        database raises a :class:`StoreError` if something is wrong with it.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class SQLiteTokenStore(QuotaStore):
             raise ValueError(f"synchronous must be one of {', '.join(_SYNCHRONOUS)}, got {synchronous!r}")
         self._clock = clock
         self._is_read_only = bool(read_only)
-        # Absolute, as a server may change its directory later.
+        # Absolute, because a server may change its directory later.
         self._path = os.path.abspath(name)
         self._connections = Connections(
             self._path, timeout=timeout, synchronous=synchronous, read_only=self._is_read_only
@@ -132,7 +132,8 @@ class SQLiteTokenStore(QuotaStore):
         return [(token_id, DayUsage(date.fromisoformat(day), *figures)) for token_id, day, *figures in rows]
 
     def _usage_of_token(self, token_id: int, first_day: date, last_day: date) -> Sequence[DayUsage]:
-        # With 50 models a day, a year has 18,300 rows: each is made in the cheapest way, and a date once for its day.
+        # With 50 models a day, a year has 18,300 rows. So each row is made in the cheapest way, and each date only
+        # once.
         days = first_day.isoformat(), last_day.isoformat()
         rows = self._connections.read(statements.USAGE_OF_TOKEN, (token_id, *days))
         parsed = {day: date.fromisoformat(day) for day in {row[0] for row in rows}}

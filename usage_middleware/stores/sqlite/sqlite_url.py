@@ -1,4 +1,4 @@
-"""How a text names an SQLite file."""
+"""Texts that name an SQLite file."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _SQLITE: Final = "sqlite:///"
 def sqlite_path(text: str) -> str | None:
     """Return the path of the SQLite file that ``text`` names; ``None`` if it is the URL of something else.
 
-    The path behind ``sqlite:///`` is relative, behind a fourth slash absolute, as SQLAlchemy has it.
+    As in SQLAlchemy, the path after ``sqlite:///`` is relative, and after a fourth slash it is absolute.
 
-    :raises ValueError: it is neither.
+    :raises ValueError: it is neither a path nor a URL of this form.
     """
     scheme, separator, _ = text.partition("://")
     if not separator:
         if "@tcp(" in text or "@unix(" in text:
-            # What new-api itself is configured with. It holds a password, so it is not shown.
+            # This is the form in new-api's own configuration. It holds a password, so it is not shown.
             raise ValueError("the URL of a MySQL database has the form mysql://user:password@host/name")
         return text
     if scheme.partition("+")[0].lower() != "sqlite":

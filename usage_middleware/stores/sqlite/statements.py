@@ -32,7 +32,7 @@ TOKEN_BY_DIGEST: Final = f"{_TOKENS} WHERE digest = ?"
 TOKEN_BY_ID: Final = f"{_TOKENS} WHERE id = ?"
 TAKEN: Final = "SELECT 1 FROM tokens WHERE digest = ? UNION ALL SELECT 1 FROM retired_keys WHERE digest = ?"
 PAGE: Final = f"SELECT id, {', '.join(TOKEN_COLUMNS)}, digest FROM tokens WHERE id > ? ORDER BY id LIMIT ?"
-# Adds nothing if the digest is taken. INSERT OR IGNORE would also ignore what else is wrong with a row.
+# Adds nothing if the digest is taken. INSERT OR IGNORE would also ignore other faults of a row.
 _INSERT: Final = (
     f"INSERT INTO tokens ({', '.join(TOKEN_COLUMNS)}, digest) SELECT {_marks(TOKEN_COLUMNS)}, ?"
     " WHERE NOT EXISTS (SELECT 1 FROM retired_keys WHERE digest = ?)"
@@ -50,7 +50,8 @@ HISTORY: Final = (
     f"{_OPERATIONS} WHERE token_id = ? AND created_at >= ? AND created_at < ? AND number < ?"
     " ORDER BY number DESC LIMIT ?"
 )
-# An index has all that decides, so the operations before the page are not read. It is another for one kind alone.
+# An index has all columns of the conditions, so the operations before the page are not read. A single kind uses another
+# index.
 _LOG: Final = (
     f"{_OPERATIONS} WHERE token_id = ? AND kind %s AND created_at >= ? AND created_at < ?"
     " ORDER BY number DESC LIMIT ? OFFSET ?"
@@ -59,7 +60,8 @@ _INSERT_OPERATION: Final = (
     f"INSERT INTO operations ({', '.join(OPERATION_COLUMNS)}) VALUES ({_marks(OPERATION_COLUMNS)})"
 )
 
-# Operation.is_holding, as the condition of the partial index open_reservations: SQLite uses it for no other wording.
+# Operation.is_holding, as the condition of the partial index open_reservations: SQLite uses the index for this wording
+# only.
 _IS_HOLDING: Final = "final_amount IS NULL AND held > 0"
 OPEN_RESERVATIONS: Final = f"{_OPERATIONS} WHERE {_IS_HOLDING} AND number > ? ORDER BY number LIMIT ?"
 _LAPSED: Final = f"{_OPERATIONS} WHERE {_IS_HOLDING} AND token_id = ? AND expires_at <= ? ORDER BY expires_at LIMIT ?"
@@ -91,7 +93,7 @@ USAGE_BY_DAY: Final = (
 USAGE_OF_TOKEN: Final = (
     f"SELECT {', '.join(DAY_COLUMNS)} FROM usage_by_day WHERE token_id = ? AND day BETWEEN ? AND ? ORDER BY day, model"
 )
-_FIGURES: Final = DAY_COLUMNS[2:]  # behind the day and the model
+_FIGURES: Final = DAY_COLUMNS[2:]  # after the day and the model
 _ADD_DAY: Final = (
     f"INSERT INTO usage_by_day (token_id, {', '.join(DAY_COLUMNS)}) VALUES (?, {_marks(DAY_COLUMNS)})"
     f" ON CONFLICT (token_id, day, model) DO UPDATE SET {', '.join(f'{f} = {f} + excluded.{f}' for f in _FIGURES)}"

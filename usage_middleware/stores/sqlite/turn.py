@@ -1,5 +1,5 @@
-"""Whose turn it is to write: the threads of a process wait here for each other, so that only one of them asks SQLite
-again and again. No exception, wherever it arrives, makes the others wait for ever."""
+"""The turn to write: the threads of a process wait here for each other, so that only one of them polls SQLite for its
+lock. Wherever an exception arrives, the other threads do not wait for ever."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Final
 
 from .handle import Box, close_all
 
-_LOOK_INTERVAL: Final = 1.0  # seconds after which one who waits looks whether the turn is still anyone's
+_LOOK_INTERVAL: Final = 1.0  # seconds after which a waiting thread checks that the turn still has an owner
 _NO_ARGUMENTS: Final = ((),)
 
 
 class WriteLock:
-    """Makes threads take turns. It only saves work: that one transaction writes at a time is SQLite's own to see to."""
+    """Make threads take turns. This only saves work: SQLite itself lets one transaction write at a time."""
 
     __slots__ = ("lock", "owner")
 
@@ -27,11 +27,12 @@ class WriteLock:
 
 
 class Turn:
-    """One call's turn to write, and the box for the connection that it writes with. Whatever happens inside of it, at
-    its end the box is empty and the lock is free.
+    """One call's turn to write, and the box for the connection that it writes with.
 
-    It is entered twice, ``with turn, turn:``. An exception may arrive when the end of a ``with`` has begun and has not
-    yet done its work, or in the middle of it; then the outer one does it. Ending twice is fine.
+    Whatever happens during a turn, at its end the box is empty and the lock is free.
+
+    It is entered twice, ``with turn, turn:``. An exception may arrive before the inner ``with`` has finished its
+    end; then the outer one does it. Ending twice is fine.
     """
 
     __slots__ = ("__weakref__", "_lock", "_steps", "box")
@@ -39,8 +40,8 @@ class Turn:
     def __init__(self, lock: WriteLock) -> None:
         self.box: Box = []
         self._lock = lock
-        # What acquire() and release() have returned. They are called by a C function that notes it: there is no step
-        # of Python between having the lock and knowing it.
+        # What acquire() and release() returned. A C function calls them and stores the result, so no Python step lies
+        # between taking the lock and recording that.
         self._steps: list[bool | None] = []
 
     def __enter__(self) -> Turn:
@@ -60,14 +61,15 @@ class Turn:
                 return True
             if time.monotonic() >= deadline:
                 return False
-            # Several exceptions at once may have kept the owner from its end. It has gone with the last of them.
+            # Several exceptions at once may have kept the owner from ending. Then the owner has been freed with the
+            # last of them.
             owner = self._lock.owner
             if owner is not None and owner() is None:
                 with suppress(RuntimeError):
                     self._lock.lock.release()
 
     def end(self) -> None:
-        """Close the connection, if it was not given back, which undoes its transaction; release the lock."""
+        """Close the connection if it was not returned, which rolls back its transaction, and release the lock."""
         close_all(self.box)
         if self._steps and self._steps[-1]:
             with suppress(RuntimeError):  # another thread took the lock for a dead owner's
