@@ -16,8 +16,8 @@ def application(options: str | None = None) -> WSGIApplication:
 
         $ gunicorn "usage_middleware.wsgi:application('--db tokens.db --upstream http://127.0.0.1:3000')"
 
-    See :func:`usage_middleware.service.application.application`. It stands here for its short name, and is loaded when
-    it is called: nothing else in this room knows how a store is opened.
+    See :func:`usage_middleware.service.application.application`. It is here for its short name, and loads
+    that module when it is called, as nothing else in this package knows how a store is opened.
     """
     made: WSGIApplication = import_module("usage_middleware.service.application").application(options)
     return made

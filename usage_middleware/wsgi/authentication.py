@@ -1,4 +1,4 @@
-"""From a request to the token of its key, or to a refusal: one way, which every endpoint and the meter take."""
+"""From a request to the token of its key, or to a refusal. Every endpoint and the meter use this."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _KEY: Final = re.compile(KEY_PATTERN)
 _AUTHORIZATION: Final = "HTTP_AUTHORIZATION"
 #: The headers that :func:`llm_key` reads, as WSGI names them.
 KEY_HEADERS: Final = (_AUTHORIZATION, "HTTP_X_API_KEY", "HTTP_X_GOOG_API_KEY")
-_LONG: Final = 16  # characters of a key that are in no header by chance
-# A key is refused no sooner than so many seconds after the store was asked for it, or the time would tell a disabled
-# key, whose row is found and read, from an unknown one. By then a store in memory or on a local disk has answered.
+_LONG: Final = 16  # characters of a key that do not occur in a header by chance
+# The least seconds between asking the store for a key and refusing it. Otherwise the time would distinguish a disabled
+# key, whose row is found and read, from an unknown one. A store in memory or on a local disk answers within it.
 _REFUSED_AFTER: Final = 0.0005
-_RETRY_AFTER: Final = 5  # seconds; a store that failed is worth another try soon
+_RETRY_AFTER: Final = 5  # seconds; a store that failed may soon work again
 # What repr() and JSON put before or around the characters of a key.
 _QUOTING: Final = str.maketrans("", "", "\\'\"")
 
@@ -41,8 +41,7 @@ _QUOTING: Final = str.maketrans("", "", "\\'\"")
 def bearer_key(environ: WSGIEnvironment) -> str | None:
     """Return the key that a request carries as ``Authorization: Bearer KEY``, as the endpoint itself reads it.
 
-    A host application uses it to charge the key that it serves. The ``sk-`` in front is stripped, which is the form
-    that stores see.
+    A host application uses it to charge the key of a request. The ``sk-`` in front is stripped, as stores expect.
 
     :param environ: the request's WSGI environment (Flask: ``request.environ``).
     :return: the key, or ``None`` if the header is absent, malformed, or of another scheme.
@@ -77,12 +76,12 @@ def has_credentials(environ: WSGIEnvironment, headers: Iterable[str] = (_AUTHORI
 def remove_key(environ: WSGIEnvironment, key: str | None) -> None:
     """Remove every header that holds the key, so that an application which forwards headers does not forward it.
 
-    :param key: the request's key, as the function that found it has returned it.
+    :param key: the request's key, as the function that found it returned it.
     """
     if key is None:
         return
-    # A long key is looked for anywhere in a header. A short one may be in a header by chance, so it must be the value,
-    # or what follows the scheme.
+    # A long key is searched for anywhere in a header. A short key may occur in a header by chance, so it must be the
+    # whole value, or all that follows the scheme.
     holders = [
         name
         for name, value in environ.items()
@@ -94,14 +93,14 @@ def remove_key(environ: WSGIEnvironment, key: str | None) -> None:
 
 
 class Authentication:
-    """Finds the key of a request and asks the store about it.
+    """Find the key of a request and ask the store about it.
 
     :param store: where tokens are looked up.
-    :param key: from a request to its key, or to ``None`` if it carries none that can be one.
-    :param throttle: counts those who guess, or ``None``.
+    :param key: a function that returns the key of a request, or ``None`` if the request does not carry a possible key.
+    :param throttle: counts failures, so that clients that guess keys are slowed down; or ``None``.
 
     A refusal is a :class:`~.refusals.Refused` of the kinds ``NO_KEY``, ``MALFORMED``, ``UNKNOWN``, ``THROTTLED`` and
-    ``UNAVAILABLE``; what they look like is for the caller to decide. Who fails too often is told ``THROTTLED`` in
+    ``UNAVAILABLE``; the caller decides what they look like. A client that fails too often gets ``THROTTLED`` in
     place of ``MALFORMED`` and ``UNKNOWN``. ``NO_KEY`` is not a guess and is never counted.
     """
 
@@ -120,7 +119,7 @@ class Authentication:
     def key(self, environ: WSGIEnvironment) -> str:
         """Return the request's key.
 
-        :raises Refused: there is none, or what there is cannot be one.
+        :raises Refused: there is none, or the value cannot be a key.
         """
         key = self._key(environ)
         if key is None:
@@ -130,12 +129,11 @@ class Authentication:
     def ask(self, environ: WSGIEnvironment, question: Callable[[str], _Answer], key: str | None = None) -> _Answer:
         """Return what ``question`` returns for the request's key.
 
-        All that may ask the store belongs into the question. An exception that it raises is logged without the key,
-        and becomes ``UNAVAILABLE``; only a :class:`Refused` leaves it as it is. A question that finds out that the key
-        is unknown or disabled raises ``Refused(UNKNOWN)``, and nothing in the answer tells which of them it was:
-        neither bytes nor time.
+        Everything that may ask the store belongs in the question. An exception that it raises is logged without the key
+        and becomes ``UNAVAILABLE``; only a :class:`Refused` passes as it is. A question that finds the key unknown or
+        disabled raises ``Refused(UNKNOWN)``. Neither the bytes nor the time of the answer show which of them it was.
 
-        :param key: what :meth:`key` has returned for this request, if it was called.
+        :param key: what :meth:`key` returned for this request, if it was called.
         :raises Refused: there is no key, or it is refused.
         """
         if key is None:
@@ -153,10 +151,10 @@ class Authentication:
         raise self._guessed(environ, UNKNOWN)
 
     def token(self, key: str) -> Token:
-        """Return the token of a key: what most questions begin with.
+        """Return the token of a key. Most questions begin with this.
 
         :raises Refused: the key is unknown, or its token is disabled.
-        :raises StoreError: the store returned something else than a token.
+        :raises StoreError: the store returned something other than a token.
         """
         token = self._store.get(key)
         if token is None:
@@ -180,7 +178,7 @@ def _header(environ: WSGIEnvironment, name: str) -> str:
 
 
 def _failure(store: object, error: Exception, key: str) -> str:
-    """What a store raised, as a text that does not hold ``key``, whatever the exception quotes."""
+    """Return a text about what a store raised. It does not hold ``key``, whatever the exception quotes."""
     text = f"{type(store).__name__} failed: {type(error).__qualname__}"
     if isinstance(error, StoreError):
         text += _without(key, error)
@@ -190,7 +188,7 @@ def _failure(store: object, error: Exception, key: str) -> str:
 
 
 def _without(key: str, error: StoreError) -> str:
-    """What the log says of an error beyond its type: its text, unless that holds ``key``, quoted in whatever way."""
+    """Return what the log says about an error beyond its type: its text, unless that holds ``key``, however quoted."""
     try:
         text = str(error)
     except Exception:

@@ -6,7 +6,7 @@
     meter = UsageMeter(app, store, on_settled=metrics.on_settled, on_refused=metrics.on_refused)
     application = DispatcherMiddleware(meter, {"/metrics": metrics.app})
 
-No label tells keys, tokens or their names. If ``PROMETHEUS_MULTIPROC_DIR`` is set before the processes of a server
+No label shows keys, tokens or their names. If ``PROMETHEUS_MULTIPROC_DIR`` is set before the processes of a server
 start, :attr:`Metrics.app` answers for all of them, as prometheus_client documents it.
 """
 
@@ -58,7 +58,7 @@ _BUCKETS: Final = (
     1.0,
     2.5,
 )  # seconds
-# The store is read at most this part of the time, and no more often than this many seconds.
+# The largest part of the time that is spent reading the store, and the least seconds between two reads.
 _MOST_LOAD: Final = 0.05
 _FEWEST_SECONDS: Final = 5.0
 
@@ -69,7 +69,7 @@ class Metrics:
     :param store: whose tokens and reservations are shown.
     :param registry: where the metrics are registered; left out, prometheus_client's own.
     :raises ImportError: prometheus_client is not installed.
-    :raises ValueError: the registry has these metrics already. One object serves several meters.
+    :raises ValueError: the registry already has these metrics. Use one object for several meters.
 
     ======================================  ==========================================================================
     ``usage_requests_total{outcome}``       metered requests that were answered: ``completed``, ``rejected``,
@@ -77,7 +77,7 @@ class Metrics:
     ``usage_refusals_total{reason}``        requests that the meter has refused
     ``usage_units_total{model}``            quota units that were charged; the first 100 models of a process by name,
                                             the others as ``other``
-    ``usage_settle_failures_total``         settlements that the store did not take at once
+    ``usage_settle_failures_total``         settlements that failed at first and are retried
     ``usage_added_seconds``                 how long the meter itself took for a request
     ``usage_tokens{state}``                 tokens that are ``active``, ``exhausted``, ``expired``, ``disabled``
     ``usage_held_units``                    quota units that open reservations hold
@@ -149,7 +149,7 @@ class Metrics:
 
 
 class _StoreCollector(Collector):
-    """Reads the store when it is asked, unless it has done so a moment ago."""
+    """Read the store for each request, unless it was read a moment ago."""
 
     def __init__(self, store: QuotaStore) -> None:
         self._store = store
@@ -158,18 +158,18 @@ class _StoreCollector(Collector):
         self._fresh_until = 0.0  # by time.monotonic()
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
-        """Say which metrics there are, which is asked at registration, without a look at the store."""
+        """Name the metrics, without reading the store. This is called at registration."""
         yield from _families({}, 0, 0)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Return what the store holds; nothing if it fails, so that the other metrics are shown."""
+        """Return what the store holds. If it fails, return nothing, so that the other metrics are still shown."""
         with self._lock:
             begun = time.monotonic()
             if begun >= self._fresh_until:
                 try:
                     self._families = self._read()
                 except Exception as error:
-                    # Only the type: a text may quote what is in the database.
+                    # Only the type: the text may quote values of the database.
                     logger.error("%s cannot be measured: %s", type(self._store).__name__, type(error).__qualname__)
                     self._families = []
                 ended = time.monotonic()

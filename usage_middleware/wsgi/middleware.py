@@ -1,11 +1,10 @@
-"""The WSGI middleware: requests for the paths of endpoints are answered here, every other passes through as it came.
+"""The WSGI middleware: it answers requests for the endpoints' paths and passes every other request through unchanged.
 
 .. code-block:: python
 
     app.wsgi_app = UsageMiddleware(app.wsgi_app, SQLiteTokenStore("tokens.db"))
 
-A request goes one way through the package: from here to an endpoint, which authenticates it, asks the store, and
-writes the response.
+This passes a request to an endpoint, which authenticates it, asks the store, and writes the response.
 """
 
 from __future__ import annotations
@@ -33,34 +32,34 @@ class UsageMiddleware:
 
     :param app: the WSGI application to wrap.
     :param store: where tokens are looked up: anything with a method ``get(key)`` that returns a :class:`Token` or
-        ``None``, a plain ``dict`` among them. It is asked with the key as :func:`bearer_key` gives it.
+        ``None``, a plain ``dict`` among them. The key is the one that :func:`bearer_key` returns.
     :param path: the path to answer, with and without a slash at its end, compared with ``PATH_INFO`` (so below
         ``SCRIPT_NAME``, if the application is mounted under a prefix). If the store is a :class:`QuotaStore`, the path
         with ``/days`` behind it is answered too: what was used on which UTC day, by which model.
     :param page: a path, such as ``"/usage"``, at which a page shows the holder of a key what is left of it and where
-        it went. It asks the endpoint from the browser; ``None``: there is no page.
-    :param new_api: which of new-api's other endpoints mean what: with a :class:`NewAPI` they are answered at the paths
-        that new-api has for them, whatever ``path`` is; with ``None`` those paths are the application's.
+        it went. It asks the endpoint from the browser. ``None``: no page.
+    :param new_api: with a :class:`NewAPI`, new-api's other endpoints are answered at new-api's paths, whatever ``path``
+        is. With ``None``, those paths are the application's.
     :param allow_origins: which web pages may read the answers (CORS): ``"*"`` for all, a collection of origins such
         as ``"https://app.example"``, or ``()`` for none. All is a safe default: a key travels in a header that a
         page must set itself, never in a cookie.
     :param throttle: how often one client may send a wrong key, in the notation of the package ``limits``
-        (``pip install limits``), such as ``"20 per 20 minutes"``; ``None``: as often as it likes.
+        (``pip install limits``), such as ``"20 per 20 minutes"``; ``None``: without a limit.
     :param throttle_storage: where failures are counted: a storage URI of ``limits``. ``memory://`` counts in each
         process by itself, ``redis://host:6379`` and ``memcached://host:11211`` over all of them.
-    :raises TypeError, ValueError: an argument cannot be what it is meant to be.
-    :raises ImportError: there is a ``throttle``, and ``limits`` is not installed.
+    :raises TypeError, ValueError: an argument cannot be used.
+    :raises ImportError: ``throttle`` is given and ``limits`` is not installed.
 
-    Past the limit, what would be a 401 is a 429 until the window of time is over. A client is the IPv4 address or the
-    IPv6 network of 64 bits in ``REMOTE_ADDR``, so behind a proxy werkzeug's ``ProxyFix`` belongs around this. What
-    counts is a key that is unknown, deleted or disabled, and a malformed header. A request without a header is no
-    guess, but what a page sends before its user has entered a key, or a monitor: it is not counted, and stays a 401.
-    Valid keys are answered all the while, as their holders may share the address; so one who guesses right still
-    learns it. They reset nothing either, or a guesser would send one in between.
+    Past the limit, a 401 becomes a 429 until the window of time is over. A client is the IPv4 address or the 64-bit
+    IPv6 network in ``REMOTE_ADDR``, so behind a proxy put werkzeug's ``ProxyFix`` around this. Keys that are unknown,
+    deleted or disabled count, and so do malformed headers. A request without a header is not a guess: a page sends it
+    before its user has entered a key, or a monitor does. It is not counted, and stays a 401. Valid keys are still
+    answered, as their holders may share the address; so a client that guesses right still learns it. A valid key does
+    not reset the count, or a guesser would send one in between.
 
     What the store raises becomes a 503 and a line of the logger ``usage_middleware``, never an exception in the
-    host. That line holds the text of a :class:`StoreError`, and of any other exception its type and place alone,
-    as its text may quote the key.
+    host. That line holds the text of a :class:`StoreError`. For any other exception it holds only the type and the
+    place, as the text may quote the key.
     """
 
     def __init__(
@@ -98,7 +97,7 @@ class UsageMiddleware:
         if isinstance(store, QuotaStore):
             endpoints[path + _DAYS] = DaysEndpoint(responses, authentication, store)
         if page is not None:
-            from .endpoints.page import PageEndpoint  # loads werkzeug, which a service without a page does without
+            from .endpoints.page import PageEndpoint  # loads werkzeug, which a service without a page does not need
 
             page = _raw_path("page", page)
             if page in endpoints:
@@ -111,9 +110,9 @@ class UsageMiddleware:
         try:
             path = environ["PATH_INFO"]
         except KeyError:
-            path = ""  # PEP 3333: it may be absent where it would be empty.
-        # A server makes a new str for each request, and to hash it costs more than the rest of this method. So most
-        # requests are told apart by an order comparison; the look-up alone would give the same result.
+            path = ""  # PEP 3333: it may be absent if it would be empty.
+        # A server makes a new str for each request, and hashing it costs more than the rest of this method. So a
+        # comparison sorts out most requests first; the look-up alone would give the same result.
         if path > self._last_path or path < self._first_path or path not in self._endpoints:
             app = self.app  # CPython 3.11 calls a local faster than an attribute.
             return app(environ, start_response)
@@ -136,5 +135,5 @@ def _raw_path(what: str, path: str) -> str:
 def _with_and_without_slash(
     endpoints: Mapping[str, Callable[[WSGIEnvironment], Response]],
 ) -> dict[str, Callable[[WSGIEnvironment], Response]]:
-    """Return the endpoints by all the paths that they answer: a client may lose its header on a redirect."""
+    """Return the endpoints by all their paths. There is no redirect, on which a client may lose its header."""
     return {path + end: endpoint for path, endpoint in endpoints.items() for end in ("", "/")}

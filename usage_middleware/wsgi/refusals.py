@@ -1,4 +1,4 @@
-"""Why a request is refused, apart from how that is written: code raises :class:`Refused`, an endpoint renders it.
+"""Why a request is refused, apart from how the refusal looks: code raises :class:`Refused`, an endpoint renders it.
 
 So one authentication serves endpoints whose refusals look different. A :class:`Problem` is what one kind of refusal
 looks like, without its body; :mod:`.responses` puts both together.
@@ -10,10 +10,10 @@ from typing import Final, NamedTuple
 
 Header = tuple[str, str]
 
-# The kinds that authentication and every endpoint know. They are plain text, so another room can have its own.
+# The kinds that authentication and every endpoint know. They are plain text, so another package can add its own.
 NO_KEY: Final = "no key"
 MALFORMED: Final = "malformed"
-#: Unknown, deleted or disabled: the answer must not tell which.
+#: Unknown, deleted or disabled: the answer must not show which.
 UNKNOWN: Final = "unknown"
 THROTTLED: Final = "throttled"
 UNAVAILABLE: Final = "unavailable"
@@ -28,8 +28,8 @@ class Refused(Exception):
     """A request that does not get what it asked for.
 
     :param kind: which entry of the endpoint's table of problems it is.
-    :param message: what to tell the client, if the table's own message does not say enough.
-    :param retry_after: the seconds after which it is worth asking again; 0: it is not.
+    :param message: the message for the client, if the table's own does not say enough.
+    :param retry_after: the seconds after which the client may retry; 0: it should not.
     """
 
     def __init__(self, kind: str, *, message: str = "", retry_after: int = 0) -> None:

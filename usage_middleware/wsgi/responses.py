@@ -1,7 +1,7 @@
-"""Statuses, headers and bodies, and CORS: what every answer has in common, whichever endpoint gives it.
+"""Statuses, headers and bodies, and CORS: the parts that the answers of all endpoints share.
 
-A request chooses one :class:`Responses` by its ``Origin``. An endpoint brings the body of a success; a refusal is
-rendered here, from the endpoint's table of problems and in the endpoint's form of an error body.
+A request chooses one :class:`Responses` by its ``Origin``. The endpoint writes the body of a success. A
+refusal is rendered here, with the endpoint's table of problems and its form of an error body.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 _EVERY_ANSWER: Final[tuple[Header, ...]] = (
-    # Whose key it is decides what the answer says, and it is out of date with the next charge.
+    # The answer depends on the key, and the next charge makes it out of date.
     ("Cache-Control", "no-store"),
     ("X-Content-Type-Options", "nosniff"),
 )
@@ -28,12 +28,12 @@ _HEADER_NAME: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 se
 _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.\-]*://[^\s/?#,@*A-Z]+")
 
 
-#: Return compact JSON, text that is not ASCII as it is.
+#: Return compact JSON. Text that is not ASCII is not escaped.
 to_json: Final = JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 #: One answer: the status and the headers, as ``start_response`` takes them, and the body, which ``HEAD`` does not get.
 Response = tuple[str, tuple[Header, ...], bytes]
-#: From the kind of a refusal and its message to the body that says so.
+#: Returns an error body for the kind of a refusal and its message.
 ErrorBody = Callable[[str, str], str]
 
 
@@ -100,8 +100,8 @@ class Responses:
     def preflight(self, requested_headers: str) -> Response:
         """Return the answer 204 to ``OPTIONS``.
 
-        :param requested_headers: the value of ``Access-Control-Request-Headers``; what is not a valid header name in
-            it is left out.
+        :param requested_headers: the value of ``Access-Control-Request-Headers``; items that are not valid header
+            names are left out.
         """
         headers = self._preflight_headers
         if self._has_cors:
@@ -114,12 +114,12 @@ class Responses:
 
 
 class ResponsesByOrigin:
-    """Chooses the :class:`Responses` of a request by its ``Origin``.
+    """Choose the :class:`Responses` of a request by its ``Origin``.
 
     :param allow_origins: ``"*"``, a collection of origins such as ``"https://app.example"``, or ``()`` for no CORS.
     :param problems, error_body: as :class:`Responses` takes them.
     :raises TypeError: ``allow_origins`` is neither ``"*"`` nor a collection of ``str``.
-    :raises ValueError: an item is not an origin: a scheme and a host, with a port where it is not the default.
+    :raises ValueError: an item is not an origin: a scheme and a host, with a port if it is not the default.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class ResponsesByOrigin:
             return Responses(allow_origin, vary=vary, problems=problems, error_body=error_body)
 
         listed = _checked_origins(allow_origins)
-        # Vary stands on the answers to other origins too, or a cache would hand them to a listed one
+        # The answers to other origins have Vary too, or a cache would return them to a listed origin
         # (Fetch standard, "CORS protocol and HTTP caches").
         self._listed = {origin: responses(origin, True) for origin in listed}
         self._others = responses("*" if allow_origins == "*" else None, bool(listed))

@@ -1,1 +1,1 @@
-"""What is answered here: an endpoint in a file."""
+"""The endpoints, one in each file."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class AccountEndpoint(TokenEndpoint):
-    """Tells of a token what new-api tells of a user. The header ``New-Api-User`` is ignored."""
+    """Describe a token as new-api describes a user. The header ``New-Api-User`` is ignored."""
 
     def __init__(self, responses: ResponsesByOrigin, authentication: Authentication, store: TokenStore) -> None:
         super().__init__(responses, authentication)
@@ -36,7 +36,7 @@ class AccountEndpoint(TokenEndpoint):
         return to_json({"success": True, "message": "", "data": account})
 
     def _request_count(self, token: Token) -> int:
-        # Another store does not count them.
+        # Other stores do not count requests.
         if isinstance(self._store, QuotaStore) and token.id is not None:
             return self._store.count_requests(token.id)
         return 0

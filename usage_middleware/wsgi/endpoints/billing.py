@@ -1,4 +1,5 @@
-"""``GET /dashboard/billing/…``: what OpenAI's dashboard once answered, and many clients of gateways still ask."""
+"""``GET /dashboard/billing/…``: answers that OpenAI's dashboard once gave, and that many clients of gateways
+still ask for."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from .query import calendar_date, query_of
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
-_UNLIMITED: Final = 100_000_000  # what new-api tells of a token without a limit
+_UNLIMITED: Final = 100_000_000  # what new-api answers for a token without a limit
 
 
 def openai_error(kind: str, message: str) -> str:
@@ -24,9 +25,9 @@ def openai_error(kind: str, message: str) -> str:
 
 
 class SubscriptionEndpoint(TokenEndpoint):
-    """What was granted, and until when it can be used.
+    """Answer with what was granted, and until when it can be used.
 
-    :param divisor: how many quota units are one of what clients show.
+    :param divisor: how many quota units are one unit of what clients show.
     """
 
     def __init__(self, responses: ResponsesByOrigin, authentication: Authentication, divisor: int) -> None:
@@ -48,10 +49,10 @@ class SubscriptionEndpoint(TokenEndpoint):
 
 
 class UsedEndpoint(TokenEndpoint):
-    """What was used, in hundredths: in all, or on the days from ``start_date`` to ``end_date``.
+    """Answer with what was used, in hundredths: in all, or on the days from ``start_date`` to ``end_date``.
 
-    What is not two dates is ignored, as new-api ignores all of it: the clients of this endpoint send what they always
-    sent, and show an error as a balance of nothing.
+    A query that is not two dates is ignored; new-api ignores every query. Clients of this endpoint still send what they
+    always sent, and would show an error as a balance of nothing.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class UsedEndpoint(TokenEndpoint):
         self._store = store
 
     def describe(self, token: Token, environ: WSGIEnvironment) -> str:
-        # The quotient first, as new-api computes it: clients compare and subtract what comes out.
+        # Divide first, as new-api does, because clients compare and subtract the results.
         total_usage = _whole(_quotient(self._used(token, environ), self._divisor) * 100)
         return to_json({"object": "list", "total_usage": total_usage})
 
@@ -71,14 +72,14 @@ class UsedEndpoint(TokenEndpoint):
         first, last = (calendar_date(query.get(name, [""])[0]) for name in ("start_date", "end_date"))
         if first is None or last is None or token.id is None or not isinstance(self._store, QuotaStore):
             return token.total_used
-        # If all its life is asked for, the total: what was used before there was usage by day has no day.
+        # If the dates cover all of the token's life, the total: usage from before there was usage by day has no day.
         if first <= day_of(token.created_at) and self._store.today() <= last:
             return token.total_used
         return sum(usage.used for usage in self._store.usage_by_day(token.id, first, last))
 
 
 def _quotient(units: int, divisor: int) -> int | float:
-    """Return a number of quota units in what clients show; one that is whole is an ``int``, exact however large."""
+    """Convert quota units to what clients show. A whole number is an ``int``, exact however large."""
     whole, rest = divmod(units, divisor)
     return _whole(units / divisor) if rest else whole
 

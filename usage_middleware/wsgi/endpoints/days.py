@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 _DAYS: Final = 30
 _MOST_DAYS: Final = 366
-_MOST_MODELS: Final = 50  # in a day; what the others used is summed
+_MOST_MODELS: Final = 50  # in a day; the usage of the others is summed
 _OTHERS: Final = "(other)"
-# What a DayUsage has behind its day and model.
+# The fields of a DayUsage after its day and model.
 _FIGURES: Final = '"used":%d,"requests":%d,"input_tokens":%d,"output_tokens":%d'
 _MODEL: Final = f"%s:{{{_FIGURES}}}"
 
@@ -33,9 +33,9 @@ _used = attrgetter("used")
 
 
 class DaysEndpoint(TokenEndpoint):
-    """Tells what a token used, by day and model.
+    """Answer with what a token used, by day and model.
 
-    :param store: keeps usage by day, and says what day it is: it was booked by the store's clock.
+    :param store: keeps usage by day. Its clock also says what day it is, as usage is booked by it.
     """
 
     def __init__(self, responses: ResponsesByOrigin, authentication: Authentication, store: QuotaStore) -> None:
@@ -48,7 +48,7 @@ class DaysEndpoint(TokenEndpoint):
         by_day: dict[date, list[DayUsage]] = {}
         for usage in self._store.usage_by_day(id_of(token), first, last):
             by_day.setdefault(usage.day, []).append(usage)
-        # An encoder that is given a dict for each of 18,300 models needs more time than all the rest.
+        # With a dict for each of 18,300 models, the encoder would need more time than all the rest.
         names = _Names()
         sums, days = {}, []
         for day in sorted(by_day):
@@ -77,7 +77,7 @@ class DaysEndpoint(TokenEndpoint):
 
 
 class _Names(dict[str, str]):
-    """Names of models as JSON. Most stand in every day."""
+    """Names of models as JSON. Most names occur on every day."""
 
     def __missing__(self, name: str) -> str:
         self[name] = to_json(name)
@@ -87,7 +87,7 @@ class _Names(dict[str, str]):
 def _period(query: dict[str, list[str]], today: date) -> tuple[date, date]:
     """Return the first and the last day that a query asks for.
 
-    :raises Refused: it asks for something else; the message names the parameter.
+    :raises Refused: the query is not a period. The message names the parameter.
     """
     for name, values in query.items():
         if name not in ("days", "start_date", "end_date"):
@@ -123,15 +123,15 @@ def _refused(message: str) -> Refused:
 
 
 def _most_used(models: Sequence[DayUsage]) -> Sequence[DayUsage]:
-    """Return the models of a day, the one that used most first, and the sum of those that are too many.
+    """Return the models of a day, those that used most first. Models past the limit are summed.
 
-    :param models: in the order of their names, in which those stay that used the same.
+    :param models: sorted by name. Models that used the same stay in this order.
     """
     models = sorted(models, key=_used, reverse=True)
     others = models[_MOST_MODELS:]
     if not others:
         return models
-    # A model may have that name itself.
+    # A model may itself have that name.
     others += [usage for usage in models[:_MOST_MODELS] if usage.model == _OTHERS]
     named = [usage for usage in models[:_MOST_MODELS] if usage.model != _OTHERS]
     _, _, *figures = zip(*others, strict=True)

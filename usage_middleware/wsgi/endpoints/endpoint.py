@@ -1,4 +1,4 @@
-"""What all endpoints have in common: the methods, CORS, and the way from a key to an answer about its token."""
+"""The base of all endpoints: methods, CORS, and the way from a key to an answer about its token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Endpoint(ABC):
-    """Answers ``GET``, and ``HEAD`` alike; the caller leaves out the body of an answer to ``HEAD``."""
+    """Answer ``GET`` and ``HEAD`` alike. The caller leaves out the body of an answer to ``HEAD``."""
 
     def __init__(self, responses: ResponsesByOrigin) -> None:
         self._responses = responses
@@ -36,19 +36,19 @@ class Endpoint(ABC):
     def body(self, environ: WSGIEnvironment) -> bytes:
         """Return the JSON body of a success.
 
-        :raises Refused: there is none.
+        :raises Refused: the request is refused.
         """
 
 
 class TokenEndpoint(Endpoint):
-    """Describes the token of the key that a request carries."""
+    """Describe the token of the key that a request carries."""
 
     def __init__(self, responses: ResponsesByOrigin, authentication: Authentication) -> None:
         super().__init__(responses)
         self._authentication = authentication
 
     def body(self, environ: WSGIEnvironment) -> bytes:
-        # Parameters are read only now, with the token: a refusal of the key is the same whatever else is wrong.
+        # Parameters are read only after the token is found, so a refusal of the key is the same whatever else is wrong.
         authentication = self._authentication
         return authentication.ask(environ, lambda key: self.describe(authentication.token(key), environ).encode())
 

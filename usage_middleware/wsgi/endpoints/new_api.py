@@ -1,7 +1,7 @@
-"""What new-api answers beside its usage endpoint, for clients that ask there too: ``new_api=NewAPI(…)``.
+"""new-api's other endpoints, for clients that ask them too: ``new_api=NewAPI(…)``.
 
-new-api (QuantumNous/new-api) is the gateway that the clients were written for. Some show nothing, or call a valid key
-wrong, without these endpoints; and only ``/api/status`` tells a client what a quota unit is.
+new-api (QuantumNous/new-api) is the gateway that the clients were written for. Without these endpoints, some
+clients show nothing or call a valid key wrong. Only ``/api/status`` says what a quota unit is.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _DISPLAYS: Final = ("USD", "TOKENS")
 class NewAPI:
     """Turn on new-api's other endpoints, and say what a quota unit is.
 
-    :param quota_per_unit: how many quota units are one US dollar. Clients that do not ask ``/api/status`` take it to be
-        500,000, whatever is said here.
-    :param display: whether clients that ask show dollars or quota units.
+    :param quota_per_unit: how many quota units are one US dollar. Clients that do not ask ``/api/status``
+        assume 500,000, whatever this is.
+    :param display: whether clients that ask ``/api/status`` show dollars or quota units.
     :param system_name: what clients call this service.
-    :raises TypeError, ValueError: an argument cannot be what it is meant to be.
+    :raises TypeError, ValueError: an argument cannot be used.
     """
 
     quota_per_unit: int = 500_000
@@ -55,12 +55,12 @@ class NewAPI:
 
     @property
     def divisor(self) -> int:
-        """How many quota units are one of what clients are to show."""
+        """How many quota units are one unit of what clients show."""
         return self.quota_per_unit if self.display == "USD" else 1
 
 
 class StatusEndpoint(Endpoint):
-    """``GET /api/status``: what a client has to know before it asks for a key's usage. It needs no key."""
+    """``GET /api/status``: what a client must know before it asks for a key's usage. It does not need a key."""
 
     def __init__(self, responses: ResponsesByOrigin, options: NewAPI) -> None:
         super().__init__(responses)
@@ -86,7 +86,7 @@ def new_api_endpoints(
 ) -> dict[str, Endpoint]:
     """Return the endpoints by their paths.
 
-    :param billing_responses: those of the endpoints that were OpenAI's first, whose errors look like OpenAI's.
+    :param billing_responses: for the endpoints that were first OpenAI's. Their errors look like OpenAI's.
     """
     subscription = SubscriptionEndpoint(billing_responses, authentication, options.divisor)
     used = UsedEndpoint(billing_responses, authentication, options.divisor, store)

@@ -1,4 +1,4 @@
-"""What stands behind the endpoints if there is no application to wrap: a 404 that every client can read."""
+"""The application behind the endpoints if there is none to wrap: a 404 that every client can read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class NotFound:
     """A WSGI application that answers every path with 404, in JSON and with CORS.
 
-    A browser tells a page of a 404 without CORS, or of a preflight without an answer, as of a network that is down.
+    To a page's script, a browser reports a 404 without CORS, or a preflight without an answer, as a network error.
 
     :param allow_origins: as :class:`~usage_middleware.UsageMiddleware` takes it.
     """
@@ -25,7 +25,7 @@ class NotFound:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         responses = self._responses.of(environ)
-        # Fetch standard, "CORS-preflight request": it has this header, and no other OPTIONS has.
+        # Fetch standard, "CORS-preflight request": only such an OPTIONS has this header.
         if environ["REQUEST_METHOD"] == "OPTIONS" and "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ:
             response = responses.preflight(environ.get("HTTP_ACCESS_CONTROL_REQUEST_HEADERS", ""))
         else:

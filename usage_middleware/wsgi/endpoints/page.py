@@ -1,7 +1,7 @@
 """The page on which the holder of a key sees what is left, where it went, and why it stopped.
 
-It is one static document, :file:`page.html`: what a browser shows on it comes from the endpoint and its ``/days``. The
-server fills in where those are, seen from the page, so that it works under any prefix.
+It is one static document, :file:`page.html`: its figures come from the endpoint and its ``/days``. The server fills in
+their paths relative to the page, so that it works under any prefix.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from ..responses import Response, Responses
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
-_PLACE: Final = "../api/usage/token"  # in page.html as it is in the repository, where it can be opened and tried
+_PLACE: Final = "../api/usage/token"  # in page.html in the repository, which can be opened there and tried
 _DOCUMENT: Final = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
 
 class PageEndpoint:
-    """Answers ``GET`` and ``HEAD`` with the page.
+    """Answer ``GET`` and ``HEAD`` with the page.
 
-    :param path: the page's own path, and
-    :param endpoint: that of the endpoint which it asks; both in the form of ``PATH_INFO``, without a slash at the end.
+    :param path: the page's own path, in the form of ``PATH_INFO``, without a slash at the end.
+    :param endpoint: the path of the endpoint that it asks, in the same form.
     """
 
     def __init__(self, path: str, endpoint: str) -> None:
-        # A browser takes "a/b" from "/usage" as "/a/b" and from "/usage/" as "/usage/a/b". The page always reckons from
-        # itself as a folder, so one reference is right for both.
+        # A browser takes "a/b" from "/usage" as "/a/b" and from "/usage/" as "/usage/a/b". The page's
+        # references are always relative to the page as a folder, so one reference is right for both.
         up = "../" * path.count("/")
         place = up + quote(endpoint.lstrip("/"), encoding="latin-1")
         self._body = _DOCUMENT.replace(f'content="{_PLACE}"', f'content="{escape(place)}"').encode()
@@ -48,7 +48,7 @@ class PageEndpoint:
             ("X-Content-Type-Options", "nosniff"),
             ("Cross-Origin-Opener-Policy", "same-origin"),
         )
-        # Without CORS: no other page has anything to read here.
+        # Without CORS: other pages have nothing to read here.
         self._refusal = Responses(None).refusal(Refused(METHOD))
 
     def __call__(self, environ: WSGIEnvironment) -> Response:

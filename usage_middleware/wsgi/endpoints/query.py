@@ -15,7 +15,7 @@ _WHOLE_NUMBER: Final = re.compile(r"[0-9]{1,18}")
 
 
 def query_of(environ: WSGIEnvironment) -> dict[str, list[str]]:
-    """Return every parameter of a request with its values, in their order; a value may be empty."""
+    """Return every parameter of a request with its values in order. A value may be empty."""
     parameters: dict[str, list[str]] = {}
     for name, value in parse_qsl(environ.get("QUERY_STRING", ""), keep_blank_values=True):
         parameters.setdefault(name, []).append(value)
@@ -23,12 +23,12 @@ def query_of(environ: WSGIEnvironment) -> dict[str, list[str]]:
 
 
 def whole_number(text: str) -> int | None:
-    """Return the number that a text is, ASCII digits alone; ``None``: it is not one that a database could hold."""
+    """Return the number that ASCII digits write, or ``None`` if ``text`` is not a number that a database could hold."""
     return int(text) if _WHOLE_NUMBER.fullmatch(text) else None
 
 
 def calendar_date(text: str) -> date | None:
-    """Return the date that a text is, ``2026-11-04`` or ``2026-11-4``; ``None``: it is not one."""
+    """Return the date of a text such as ``2026-11-04`` or ``2026-11-4``, or ``None`` if it is not a date."""
     match = _DATE.fullmatch(text)
     try:
         return date(*map(int, match.groups())) if match else None

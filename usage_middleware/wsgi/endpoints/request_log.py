@@ -22,9 +22,9 @@ _TYPES: Final[dict[LogKind, int]] = {"charge": 2, "refund": 6}
 
 
 class LogEndpoint(TokenEndpoint):
-    """The log in new-api's form, of any store that keeps one; it is empty with another store.
+    """Answer with a store's log in new-api's form. It is empty if the store does not keep one.
 
-    A parameter that is not a number in its range is as good as absent, as with new-api.
+    As in new-api, a parameter that is not a number in its range is ignored.
     """
 
     def __init__(self, responses: ResponsesByOrigin, authentication: Authentication, store: TokenStore) -> None:
@@ -59,8 +59,8 @@ def _page(parameters: dict[str, int]) -> tuple[int, int]:
 
 
 def _row(number: int, token: Token, entry: LogEntry) -> dict[str, Any]:
-    # Every field of new-api's row, always of its type: clients are written in languages that insist, and some call a
-    # method of a text without a look at it. What is not known here is what new-api has for nothing.
+    # Every field of new-api's row, always of its type: clients are written in typed languages, and some call a method
+    # of a text without a check. What is not known here has new-api's empty value.
     return {
         "id": number,
         "user_id": 0,

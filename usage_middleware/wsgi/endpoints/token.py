@@ -1,4 +1,4 @@
-"""``GET /api/usage/token``: what is left of the token of a key, and what was used."""
+"""``GET /api/usage/token``: what a key's token has left, and what it has used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class UsageEndpoint(TokenEndpoint):
-    """The endpoint that the package is named after. It ignores the query."""
+    """Answer with a token's usage. The query is ignored."""
 
     def describe(self, token: Token, environ: WSGIEnvironment) -> str:
         return '{"code":true,"message":"ok","data":%s}' % wire_form(token)

@@ -1,1 +1,1 @@
-"""The meter: reserve, let the application answer, settle. It knows no concrete store."""
+"""The meter: reserve, let the application answer, settle. It does not know any concrete store."""

@@ -1,4 +1,4 @@
-"""Having an OpenAI-compatible service state the usage of a stream, without the client noticing.
+"""Ask an OpenAI-compatible service to state the usage of a stream, without the client noticing.
 
 A stream has its usage only if ``stream_options.include_usage`` asks for it, in an event whose ``choices`` are empty.
 Clients that have not asked do not expect that event: many read ``choices[0]``.
@@ -16,20 +16,20 @@ from .streams import MOST_EVENT, EventStream
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
-# Bytes of an event, comments among them, beyond which it is passed on as it comes.
+# Bytes of an event, including comments. A larger event is passed on as it comes.
 _MOST_HELD: Final = 2 * MOST_EVENT
 
 
 def ask_for_usage(environ: WSGIEnvironment) -> bool:
     """Set ``stream_options.include_usage`` in a request for a stream, unless the client has set it.
 
-    :return: whether it was set, so that the event with the usage must be taken out again.
+    :return: whether it was set, so that the event with the usage must be removed.
     """
     body = request_body(environ)
     stream = body.members.get("stream")
     if stream is None or stream.value is not True:
         return False
-    # Responses and messages always state their usage, and refuse an option that they do not know.
+    # Responses and messages always state their usage, and refuse unknown options.
     if "input" in body.members or "HTTP_ANTHROPIC_VERSION" in environ:
         return False
     if environ.get("PATH_INFO", "").endswith("/messages"):
@@ -41,20 +41,20 @@ def ask_for_usage(environ: WSGIEnvironment) -> bool:
     if not isinstance(options, dict) or options.get("include_usage") is True:
         return False
     body.set(environ, "stream_options", json.dumps({**options, "include_usage": True}))
-    environ["HTTP_ACCEPT_ENCODING"] = "identity"  # nothing is taken out of what is compressed
+    environ["HTTP_ACCEPT_ENCODING"] = "identity"  # an event cannot be removed from a compressed stream
     return True
 
 
 class UsageFilter:
-    """Passes the events of a stream on, without the one that holds nothing but the usage.
+    """Pass the events of a stream on, without the one that holds nothing but the usage.
 
-    An event is passed on when its end has come. That delays none: a client cannot use half of one.
+    An event is passed on when it is complete. That delays no client, as half an event is of no use.
     """
 
     def __init__(self, stream: EventStream, figures: Figures) -> None:
         self._stream = stream
         self._figures = figures
-        self._held = bytearray()  # what has come of the event whose end has not
+        self._held = bytearray()  # the received part of an event that is not complete
         self._is_passed_on = False  # whether it is too large to be held
 
     def pass_on(self, data: bytes) -> bytes:

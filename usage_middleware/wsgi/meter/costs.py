@@ -1,7 +1,7 @@
 """What a metered request costs: a fixed amount, or what the service states in a header of its answer.
 
-:mod:`usage_middleware.wsgi.meter.llm_usage` has what an LLM service says that it used. Anything else is a class of the
-host's own with the methods of :class:`Cost`.
+For the tokens of an LLM service, see :mod:`usage_middleware.wsgi.meter.llm_usage`. For anything else, a host writes a
+class with the methods of :class:`Cost`.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ class Usage:
 
 
 class CostReader(Protocol):
-    """Reads what one answer costs, while the answer passes.
+    """Read what one answer costs, while the answer passes.
 
-    A reader that has more to say may also have these attributes:
+    A reader may also have these attributes:
 
     - ``final``: a ``bool``, whether the cost is known although the answer has not ended;
-    - ``failed``: a ``bool``, whether the service has said in its answer that it failed;
+    - ``failed``: a ``bool``, whether the service has reported in its answer that it failed;
     - ``answer_headers``: the headers that the client gets instead of the service's;
-    - ``pass_on(data)``, called instead of ``feed(data)``, returns what the client gets instead of ``data``, and
-      ``rest()``, called at the end, what it gets after the last chunk.
+    - ``pass_on(data)``, which is called instead of ``feed(data)`` and returns what the client gets instead of ``data``;
+    - ``rest()``, which is called at the end and returns what the client gets after the last chunk.
     """
 
     @property
     def complete(self) -> bool:
-        """Whether the cost is known for good: an event that ends the stream was seen, or the head has stated it.
+        """Whether the cost is final: an event that ends the stream was seen, or the head has stated it.
 
-        A plain attribute will do.
+        This may be a plain attribute.
         """
 
     def feed(self, data: bytes, /) -> None:
-        """Read the next chunk of the body, before it is handed on."""
+        """Read the next chunk of the body, before it is passed on."""
 
     def result(self, *, ended: bool) -> Usage | None:
         """Return what the answer costs, or ``None`` if that is unknown.
@@ -82,17 +82,17 @@ class Cost(Protocol):
         """Return the units to reserve: the most that the request can cost."""
 
     def least(self, environ: WSGIEnvironment, /) -> int:
-        """Return the units that a reservation must have if ``most`` are not there; ``most`` itself: all of them."""
+        """Return the fewest units that will do if fewer than ``most`` are left. ``most`` itself: accept no fewer."""
 
     def reader(self, status: int, headers: Headers, /) -> CostReader:
         """Return a reader for an answer that begins with this status and these headers."""
 
 
 class FixedReader:
-    """A reader that need not see the body.
+    """A reader that does not need the body.
 
     :param usage: what the answer costs at its end; ``None``: unknown.
-    :param stated: whether the service has stated it, so that it also holds for an answer that fails.
+    :param stated: whether the service has stated it. Then it also applies to an answer that fails.
     :param answer_headers: the headers that the client gets; left out: those of the service.
     """
 
@@ -106,12 +106,12 @@ class FixedReader:
         """Read nothing."""
 
     def result(self, *, ended: bool) -> Usage | None:
-        """Return what was given."""
+        """Return the usage that was given."""
         return self._usage if ended or self.complete else None
 
 
 class PerRequest:
-    """The same for each request. ``UsageMeter(cost=1)`` is short for ``cost=PerRequest(1)``.
+    """The same cost for each request. ``UsageMeter(cost=1)`` is short for ``cost=PerRequest(1)``.
 
     :param units: quota units.
     :raises TypeError, ValueError: it is not a number of units.
@@ -134,15 +134,15 @@ class PerRequest:
 
 
 class FromHeader:
-    """What the service states in a header of its answer: a decimal integer of quota units.
+    """The cost that the service states in a header of its answer: a decimal integer of quota units.
 
-    The client does not get the header. Nor does the service get one that a client has sent under this name. An answer
-    that does not have it, has it twice, or has anything else in it costs the amount reserved.
+    The client does not get the header. The service does not get one that a client has sent under this name. If an
+    answer lacks the header, has it twice, or has anything else in it, it costs the amount reserved.
 
     :param name: the name of the header, such as ``"X-Usage-Cost"``.
     :param most: the units to reserve: the most that a request can cost. One that costs more overdraws its token.
     :param least: accept a reservation of fewer units, down to this, if no more are left. Left out: never fewer.
-    :raises TypeError, ValueError: an argument cannot be what it is meant to be.
+    :raises TypeError, ValueError: an argument cannot be used.
     """
 
     def __init__(self, name: str, *, most: int, least: int | None = None) -> None:
@@ -152,7 +152,7 @@ class FromHeader:
             raise ValueError(f"name must be a header name such as 'X-Usage-Cost', got {name!r}")
         self._name = name
         self._folded = _folded(name)
-        # CGI makes the same variable of a name and of its twin with underscores.
+        # CGI makes the same variable of a name with hyphens and the name with underscores.
         self._variable = "HTTP_" + name.upper().replace("-", "_")
         self._most = most
         self._least = most if least is None else least

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
-# What some service takes for a step to another path, or for the end of this one: a backslash, a control character, an
+# Some services take these for a step to another path or for the end of this one: a backslash, a control character, an
 # escape that has been escaped.
 _UNSAFE: Final = re.compile(r"[\\%\x00-\x1f\x7f]")
-# A segment of dots alone. Some services drop parameters behind ";" (RFC 3986 section 3.3), or spaces at its end.
+# A segment of only dots. Some services drop parameters behind ";" (RFC 3986 section 3.3), or spaces at its end.
 _DOTS: Final = re.compile(r"[. ]*(?:;.*)?")
 
 
 def exemption(exempt: Collection[str] | Callable[[WSGIEnvironment], bool]) -> Callable[[WSGIEnvironment], bool]:
-    """Return a function that says whether a request is free.
+    """Return a function that decides whether a request is free.
 
-    :param exempt: that function, or path prefixes: ``"/static/"`` is all below it, ``"/health"`` also the path itself.
+    :param exempt: that function, or path prefixes: ``"/static/"`` covers everything below it, ``"/health"`` also the
+        path itself.
     :raises TypeError: it is neither a function nor a collection of ``str``.
-    :raises ValueError: a prefix does not begin with a slash, or is that of every path.
+    :raises ValueError: a prefix does not begin with a slash, or covers every path.
     """
     if callable(exempt):
         return exempt
@@ -44,7 +45,7 @@ def _nothing(environ: WSGIEnvironment) -> bool:
 
 
 def _is_below(path: str, prefix: str) -> bool:
-    """Return whether a path is that of the prefix, or surely below it."""
+    """Return whether a path is the prefix itself, or is surely below it."""
     if not path.startswith(prefix):
         return False
     rest = path[len(prefix) :]

@@ -1,7 +1,7 @@
 """Token counts, as the answers of LLM services state them: from parsed JSON to input, output and cached tokens.
 
-Only the top level of a message is looked at, and the one place in it that belongs to the service: what stands deeper,
-such as the arguments of a tool call, is shaped by the caller.
+Only the top level of a message is read, and the one place in it that belongs to the service. The caller shapes what is
+deeper, such as the arguments of a tool call.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any, Final, NamedTuple
 
 from ...checks import MAX_INTEGER
 
-# A tuple, as what a service sends for a type may be a list, which no set can look for.
+# A tuple and not a set, because a service may send a list for a type, and a list cannot be hashed.
 _RESPONSE_ENDS: Final = ("response.completed", "response.incomplete", "response.failed")
 
 
 class TokenCounts(NamedTuple):
-    """What one answer used. ``cached`` tokens are part of ``input``."""
+    """The tokens that one answer used. ``cached`` tokens are part of ``input``."""
 
     input: int
     output: int
@@ -24,7 +24,7 @@ class TokenCounts(NamedTuple):
 
 
 class Figures:
-    """What the messages of one answer have said so far.
+    """The figures that the messages of one answer have stated so far.
 
     A *message* is the body of an answer, or the data of one event of a stream, as ``json.loads`` returns it.
     """
@@ -32,17 +32,17 @@ class Figures:
     __slots__ = ("_started", "complete", "counts", "extra_events", "failed", "final", "model")
 
     def __init__(self) -> None:
-        #: The counts that were stated last, or ``None``: nothing was stated, or what was stated are not counts.
+        #: The counts that were stated last, or ``None``: nothing was stated, or the stated values are not counts.
         self.counts: TokenCounts | None = None
-        #: The model that the service says it used.
+        #: The model that the service states it used.
         self.model: str | None = None
-        #: Whether the counts are those of the whole answer, although its end has not been seen.
+        #: Whether the counts are those of the whole answer, even before its end has been seen.
         self.final = False
-        #: Whether the stream has said that it is over.
+        #: Whether the stream has announced its end.
         self.complete = False
-        #: Whether the service has said that it failed.
+        #: Whether the service has reported that it failed.
         self.failed = False
-        #: How many events held the usage and no choice, as OpenAI sends them to a client that has asked for the usage.
+        #: How many events held the usage and no choices, as OpenAI sends them to a client that asked for the usage.
         self.extra_events = 0
         self._started: dict[str, Any] = {}  # the usage of Anthropic's message_start and what message_delta changed
 
@@ -54,7 +54,7 @@ class Figures:
         if kind == "message_start":
             self._take_usage(message.get("message"))
         elif kind == "message_delta":
-            # Cumulative figures, field by field; what they leave out or null stays as message_start gave it.
+            # Cumulative figures, field by field. A field that is absent or null keeps its value from message_start.
             usage = _object(message.get("usage"))
             self._started.update({name: value for name, value in usage.items() if value is not None})
             self._count(self._started)
@@ -142,7 +142,7 @@ def _count(figures: Mapping[str, Any], name: str) -> int:
     value = figures.get(name)
     if value is None:
         return 0
-    # bool is an int; a float, NaN among them, is not a count however it is written.
+    # A bool is an int too, but not a count. Nor is a float, which may be NaN.
     if type(value) is not int or not 0 <= value <= MAX_INTEGER:
         raise ValueError(f"{name} is not a count")
     return value
@@ -153,7 +153,7 @@ def _object(value: object) -> dict[str, Any]:
 
 
 def _has_finished(message: Mapping[str, Any]) -> bool:
-    """Return whether every choice in an event of OpenAI's or Gemini's has its reason to finish.
+    """Return whether every choice in an event of OpenAI or Gemini has a finish reason.
 
     OpenAI's event with the usage has no choices.
     """

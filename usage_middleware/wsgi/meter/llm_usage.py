@@ -1,4 +1,4 @@
-"""What a request to an LLM service costs: the tokens that the service says it used, each at its price."""
+"""The cost of a request to an LLM service: the tokens that the service states it used, each at its price."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 #: Quota units for a token: an ``int``, or a :class:`fractions.Fraction` such as :func:`per_million` returns.
 Price = int | Fraction
 
-# What services put behind the name of a model to say which edition of it has answered.
+# What services append to the name of a model to identify its version.
 _EDITION: Final = re.compile(r"[-@](?:\d{4}-\d{2}-\d{2}|\d{8}|\d{4}|\d{3}|latest)")
 
 
 def per_million(units: int) -> Fraction:
-    """Return the price of a token where a million of them cost so many quota units.
+    """Return the price of a token if a million tokens cost ``units`` quota units.
 
     :raises TypeError, ValueError: it is not a number of units.
     """
@@ -56,21 +56,21 @@ class Prices:
 
 
 class LLMUsage:
-    """The tokens that an LLM service says it used, in JSON or in an event stream.
+    """The tokens that an LLM service states it used, in JSON or in an event stream.
 
-    OpenAI's chat, completions, embeddings and responses are read, Anthropic's messages, Gemini's content, and what is
-    compatible with one of them. An answer that states no usage costs the amount reserved.
+    These answers are read: OpenAI's chat, completions, embeddings and responses; Anthropic's messages; Gemini's
+    content; and what is compatible with one of them. An answer that states no usage costs the amount reserved.
 
     :param most: the units to reserve: the most that a request can cost. One that costs more overdraws its token.
     :param least: accept a reservation of fewer units, down to this, if no more are left. Left out: never fewer.
     :param input: the quota units for each token of the request: an ``int``, or ``per_million(150)``.
     :param output: the quota units for each token of the answer.
     :param cached: the quota units for each token of the request that the service took from its cache; left out: as
-        ``input``. What a request comes to is rounded up to a whole unit once.
-    :param models: prices of their own for some models, by the name that the service states or the client asks for.
-    :param ask: have OpenAI-compatible services state the usage of a stream, which they do only if asked. A client that
-        has not asked does not see that they did.
-    :raises TypeError, ValueError: an argument cannot be what it is meant to be.
+        ``input``. The sum for a request is rounded up once to a whole unit.
+    :param models: separate prices for some models, by the name that the service states or the client asks for.
+    :param ask: ask OpenAI-compatible services to state the usage of a stream, which they do only if asked. A client
+        that did not ask for it does not see it.
+    :raises TypeError, ValueError: an argument cannot be used.
     """
 
     def __init__(
@@ -112,14 +112,14 @@ class LLMUsage:
         return self._least
 
     def reader(self, status: int, headers: Headers, /) -> CostReader:
-        """Return a reader for JSON or for an event stream; of any other answer the cost is unknown."""
+        """Return a reader for JSON or for an event stream. The cost of any other answer is unknown."""
         return self.reader_of_request(headers, None, asked=False)
 
     def reader_of_request(self, headers: Headers, requested: object, *, asked: bool) -> CostReader:
         """Return the reader for the answer to a request.
 
-        :param requested: the model that the client has asked for.
-        :param asked: whether :func:`ask_for_usage` has asked for the usage.
+        :param requested: the model that the client asked for.
+        :param asked: whether :func:`ask_for_usage` asked for the usage.
         """
         figures = Figures()
         body: EventStream | JSONBody
@@ -144,7 +144,7 @@ class LLMUsage:
         return _LLMReader(figures, body, body.feed, usage)
 
     def _usage(self, figures: Figures, requested: object) -> Usage | None:
-        """Return what the figures come to, or ``None`` if they say nothing that can be charged."""
+        """Return what the figures cost, or ``None`` if they hold nothing that can be charged."""
         counts = figures.counts
         if counts is None:
             return Usage(0) if figures.failed else None
@@ -178,7 +178,7 @@ class _LLMRequest:
 
 
 class _LLMReader:
-    """Reads the figures of an answer and prices them."""
+    """Read the figures of an answer and price them."""
 
     def __init__(
         self,
@@ -210,7 +210,7 @@ class _LLMReader:
 
 
 class _AskingReader(_LLMReader):
-    """Takes the event with the usage out of a stream, as the client has not asked for it."""
+    """Remove the event with the usage from a stream, as the client did not ask for it."""
 
     def __init__(
         self, figures: Figures, body: EventStream, headers: Headers, usage: Callable[[], Usage | None]
@@ -219,12 +219,12 @@ class _AskingReader(_LLMReader):
         usage_filter = UsageFilter(body, figures)
         self.pass_on = usage_filter.pass_on
         self.rest = usage_filter.rest
-        # What is sent is shorter than what the service has counted.
+        # The client gets less than the service counted.
         self.answer_headers = [header for header in headers if header[0].lower() != "content-length"]
 
 
 def _pricing(prices: Prices) -> Callable[[TokenCounts], int]:
-    """Return a function that says what tokens cost: integers all the way, and one rounding up."""
+    """Return a function that prices tokens with integers only, and rounds up once."""
     cached_price = prices.input if prices.cached is None else prices.cached
     fractions = [Fraction(price) for price in (prices.input, cached_price, prices.output)]
     divisor = lcm(*(price.denominator for price in fractions))

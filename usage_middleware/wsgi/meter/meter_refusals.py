@@ -1,7 +1,7 @@
-"""What the meter answers to a request that it does not let through, in the form that LLM clients read.
+"""The meter's answers to requests that it refuses, in the form that LLM clients read.
 
-The bodies have what OpenAI's SDK reads and what Anthropic's reads, in one object. The statuses are chosen for both: to
-a 402 or 403 they do not send a request again, to a 429 twice, after as long as ``Retry-After`` says.
+One body has all that OpenAI's SDK reads and all that Anthropic's reads. The statuses suit both: they do not retry after
+a 402 or 403, and retry a 429 twice, after as long as ``Retry-After`` says.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ..responses import sdk_error_body
 EXPIRED: Final = "expired"
 MODEL_NOT_ALLOWED: Final = "model not allowed"
 EXHAUSTED: Final = "exhausted"
-#: The quota is used up by what open reservations hold, some of which will come back.
+#: Open reservations hold the rest of the quota. Some of it will be released.
 HELD: Final = "held"
-#: One kind for each status of what is wrong with the body of a request.
+#: One kind for each status of a faulty request body.
 BODY_STATUSES: Final = (400, 411, 413, 415)
 
 # By kind: the error type, as Anthropic names it, and the code, as OpenAI does.
@@ -50,7 +50,7 @@ def problems(exhausted_status: int) -> dict[str, Problem]:
         EXHAUSTED: Problem(
             _status_line(exhausted_status),
             "The quota of the API key is used up, or less is left of it than the request may cost.",
-            # Both SDKs obey it, whatever the status.
+            # Both SDKs obey this header, whatever the status.
             (("x-should-retry", "false"),),
         ),
         HELD: Problem(
@@ -67,7 +67,7 @@ def error_body(kind: str, message: str) -> str:
 
 
 def refused_body(error: HTTPException) -> Refused | None:
-    """Return the refusal for what is wrong with a request's body; ``None``: it is another error."""
+    """Return the refusal for a faulty request body, or ``None`` if it is another error."""
     if error.code not in BODY_STATUSES or error.response is not None:
         return None
     return Refused(str(error.code), message=error.description or "")

@@ -1,4 +1,5 @@
-"""An answer on its way to the client: each chunk is read before it is handed on, and the last one is settled first."""
+"""An answer on its way to the client. Each chunk is read before it is passed on, and the request is settled before the
+last chunk is."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("usage_middleware")
 
-# How much is read of a JSON answer after its client has left, to learn what it cost: bytes, and seconds.
+# How much of a JSON answer is read after its client has left, to learn what it cost: bytes and seconds.
 _MOST_DRAINED: Final = 2**20
 _DRAIN_TIME: Final = 10.0
 
@@ -28,7 +29,7 @@ _Write = Callable[[bytes], object]
 class MeteredAnswer:
     """The iterable that the server gets, and the ``start_response`` that the application gets.
 
-    :param reservation: settled once, before the last byte is handed on. ``None``: nothing was reserved.
+    :param reservation: settled once, before the last byte is passed on. ``None``: nothing was reserved.
     :param is_head: whether the request's method is ``HEAD``.
     """
 
@@ -38,10 +39,10 @@ class MeteredAnswer:
     _head: Head | None = None
     _is_json = False
     _feed: Callable[[bytes], None] | None = None
-    # What a reader that changes the answer brings.
+    # The extra methods of a reader that changes the answer.
     _change: Callable[[bytes], bytes] | None = None
     _rest: Callable[[], bytes] | None = None
-    _left: int | None = None  # bytes of Content-Length that have not come
+    _left: int | None = None  # bytes of Content-Length that are still to come
     _server_write: _Write | None = None
     _request_body: RequestBody | None = None
     _iterable: Iterable[bytes] = ()
@@ -63,7 +64,7 @@ class MeteredAnswer:
         self._is_head = is_head
         self._is_settled = reservation is None
 
-    # --- What the application calls.
+    # --- Called by the application.
 
     def charge(self, units: int, *, input_tokens: int = 0, output_tokens: int = 0) -> None:
         """State what the request costs: ``environ["usage_middleware.charge"](units)``. The last call counts.
@@ -83,13 +84,14 @@ class MeteredAnswer:
         if exc_info is None:
             write = self._start_response(status, handed_on)
         else:
-            # The server raises it again if the head has been sent, so that nothing is changed below.
+            # The server raises it again if the head has been sent. Then nothing below is changed.
             try:
                 write = self._start_response(status, handed_on, exc_info)
             finally:
                 exc_info = None  # a reference cycle otherwise (PEP 3333)
         self._take_head(code, headers, reader)
-        # Some servers do not have what PEP 3333 asks for: an application that needs it fails as it would without us.
+        # Some servers lack what PEP 3333 requires. An application that needs it fails just as it would without the
+        # meter.
         if write is None:
             return None
         self._server_write = write
@@ -101,7 +103,7 @@ class MeteredAnswer:
         if data:
             self._server_write(data)
 
-    # --- What the server calls.
+    # --- Called by the server.
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -119,7 +121,7 @@ class MeteredAnswer:
                 self.fail()
                 raise
             handed_on = self._pass(data)
-            # Not an empty chunk where the application has not sent one: some servers end a body with it.
+            # Never pass on an empty chunk that the application did not send: some servers end a body with it.
             if handed_on or not data:
                 return handed_on
 
@@ -128,8 +130,8 @@ class MeteredAnswer:
         if self._is_closed:
             return
         self._is_closed = True
-        # A server closes what it iterates over when its worker is stopped (SystemExit, GreenletExit) as well as when
-        # the client has left.
+        # A server closes its iterable when its worker is stopped (SystemExit, GreenletExit) as well as when the client
+        # has left.
         error = sys.exc_info()[1]
         is_stopped = error is not None and not isinstance(error, (Exception, GeneratorExit))
         ended = False
@@ -147,17 +149,17 @@ class MeteredAnswer:
                     self._request_body.close()
 
     def __del__(self) -> None:
-        # granian drops an answer without closing it if the client has left before it is asked for. Python calls this at
-        # any moment, even while this thread holds a lock of the store, so it only leaves it to a later request.
+        # granian drops an answer without closing it if the client has left before it is asked for. Python may call this
+        # at any moment, even while this thread holds a lock of the store. So a later request settles it.
         if not self._is_settled and self._reservation is not None:
             self._is_settled = True
             usage, basis = self._charge(self._reservation, "abandoned", ended=False)
             self._reservation.settle_later(usage, basis, "abandoned", None if self._head is None else self._head.status)
 
-    # --- What the meter calls.
+    # --- Called by the meter.
 
     def wrap(self, iterable: Iterable[bytes], request_body: RequestBody | None) -> Iterable[bytes]:
-        """Return what the server gets in place of ``iterable``: the same, if nothing more has to be read of it.
+        """Return what the server gets in place of ``iterable``. It is ``iterable`` itself if nothing more must be read.
 
         :param request_body: what the application may read until its iterable is closed.
         """
@@ -177,14 +179,14 @@ class MeteredAnswer:
         return self
 
     def settle_early(self) -> bool:
-        """Settle if nothing of the body has to be read for that, and return whether it was so."""
+        """Settle if that is possible without reading the body, and return whether it was."""
         if self._head is None or self._feed is not None or self._change is not None:
             return False
         self._finish()
         return True
 
     def fail(self) -> None:
-        """Settle an answer that the application has broken off."""
+        """Settle an answer that the application broke off."""
         self._settle_as("failed")
 
     # --- The rest.
@@ -212,7 +214,7 @@ class MeteredAnswer:
         self._rest = None if self._change is None else getattr(reader, "rest", None)
 
     def _pass(self, data: bytes) -> bytes:
-        """Read a chunk, settle if it is the last one, and return what is handed on."""
+        """Read a chunk, settle if it is the last one, and return what is passed on."""
         if not data:
             return data
         handed_on = data
@@ -237,14 +239,14 @@ class MeteredAnswer:
         return handed_on
 
     def _end(self) -> bytes:
-        """Settle at the end of the iterable, and return what is still to be handed on."""
+        """Settle at the end of the iterable, and return what is still to be passed on."""
         rest = b""
         if self._rest is not None:
             rest = self._rest()
         if self._is_settled:
             return rest
         if self._head is None or (self._left is not None and self._left > 0):
-            # The client waits for more: the server breaks the connection.
+            # The client expects more, so the server breaks the connection.
             self.fail()
         else:
             self._finish()

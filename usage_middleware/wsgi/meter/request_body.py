@@ -1,4 +1,4 @@
-"""Reading the body of a request before the application does, which still gets to read all of it."""
+"""Reading the body of a request before the application, which can still read all of it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _DECODER: Final = json.JSONDecoder()
 
 
 class Member(NamedTuple):
-    """The value of a member of a JSON object, and the part of the text that it is."""
+    """The value of a member of a JSON object, and its place in the text."""
 
     value: object
     begin: int
@@ -55,7 +55,7 @@ class RequestBody:
     def __init__(self, environ: WSGIEnvironment) -> None:
         self._file: IO[bytes] = BytesIO()
         self._text = ""
-        #: The members of the JSON object that it is, of those that matter here, by their names in lower case.
+        #: The members of its JSON object that matter here, by their names in lower case.
         self.members: dict[str, Member] = {}
         if environ.get("HTTP_CONTENT_ENCODING", "").strip().lower() not in ("", "identity"):
             raise UnsupportedMediaType("This service does not take compressed requests.")
@@ -69,9 +69,9 @@ class RequestBody:
             raise
 
     def set(self, environ: WSGIEnvironment, name: str, text: str) -> None:
-        """Set a member to the value that ``text`` is, for the application to read.
+        """Set a member to the JSON value ``text``, for the application to read.
 
-        The rest of the body stays as it is, byte by byte: numbers that Python would write in another way among it.
+        The rest of the body stays the same byte by byte, including numbers that Python would write differently.
         """
         body = self._whole()
         member = self.members.get(name)
@@ -93,9 +93,9 @@ class RequestBody:
         length = get_content_length(environ)
         if length is None and "HTTP_TRANSFER_ENCODING" in environ and not environ.get("wsgi.input_terminated"):
             raise LengthRequired
-        # One more, so that a body of exactly so many bytes is known to end there.
+        # One byte more, so that a body of exactly this size is known to end there.
         stream = get_input_stream(environ, max_content_length=MOST_BODY + 1)
-        # HTTP/2 needs neither a length nor chunks, but a server that says where the stream ends.
+        # HTTP/2 needs neither a length nor chunks, only a server that marks the end of the stream.
         expected = (MOST_BODY + 1 if environ.get("wsgi.input_terminated") else 0) if length is None else length
         size = 0
         while size < expected and (piece := stream.read(min(_PIECE, expected - size))):
@@ -134,7 +134,7 @@ class RequestBody:
             if not text.startswith("{", _skip(text, 0)):
                 return
             for name, member in _members(text):
-                # Servers in Go take names in any case, and of two with the same name most take the last.
+                # Servers in Go accept names in any case, and most take the last of two with the same name.
                 name = name.lower()
                 if name in _WANTED:
                     if name == "model" and name in self.members:
@@ -147,7 +147,7 @@ class RequestBody:
 
 
 def request_body(environ: WSGIEnvironment) -> RequestBody:
-    """Return the body of the request, which is read when it is first asked for."""
+    """Return the body of the request. The first call reads it."""
     body: RequestBody | None = environ.get(_ENVIRON_KEY)
     if body is None:
         body = environ[_ENVIRON_KEY] = RequestBody(environ)
@@ -155,13 +155,13 @@ def request_body(environ: WSGIEnvironment) -> RequestBody:
 
 
 def read_body(environ: WSGIEnvironment) -> RequestBody | None:
-    """Return what :func:`request_body` has returned, if it was called."""
+    """Return what :func:`request_body` returned, if it was called."""
     body: RequestBody | None = environ.get(_ENVIRON_KEY)
     return body
 
 
 def close_request_body(environ: WSGIEnvironment) -> None:
-    """Close what :func:`request_body` has opened, if it was called."""
+    """Close what :func:`request_body` opened, if it was called."""
     body = read_body(environ)
     if body is not None:
         body.close()
@@ -170,9 +170,9 @@ def close_request_body(environ: WSGIEnvironment) -> None:
 def requested_model(environ: WSGIEnvironment) -> str | None:
     """Return the ``"model"`` of a JSON request body, for ``UsageMeter(model=requested_model)``.
 
-    A request without a body, or with one that is not a JSON object, names no model. The limits of its token's models
-    are then not held against it, so keep paths that take another kind of body (a form with a file) from holders who
-    may not use them, or name their model by a function of your own.
+    A request without a body, or with one that is not a JSON object, names no model. Then its token's model limits do
+    not apply. So keep paths that take another kind of body (a form with a file) from holders that may not use them, or
+    pass a function of your own that names their model.
 
     :param environ: the request's WSGI environment. ``wsgi.input`` is replaced, and can be read from its beginning.
     :raises werkzeug.exceptions.HTTPException: the body has more than 32 MiB, no length or a content coding, is cut or
@@ -224,6 +224,6 @@ def _expect(text: str, at: int, character: str) -> int:
 
 
 def _skip(text: str, at: int) -> int:
-    """Return where the white space that begins at ``at`` ends."""
+    """Return the end of the white space that begins at ``at``."""
     match = _WHITE_SPACE.match(text, at)
     return match.end() if match else at

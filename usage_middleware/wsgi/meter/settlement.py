@@ -1,4 +1,4 @@
-"""What a request is charged in the end, and the reservations whose settling has to be tried again."""
+"""What a request is finally charged, and the retries of settlements that failed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .costs import CostReader, Usage
 
 logger = logging.getLogger("usage_middleware")
 
-#: How a request has ended: with an answer of status 1xx to 3xx; with a 4xx; with a 5xx, an exception, an answer that
-#: broke off or said that it failed; with a client that left before the end.
+#: How a request has ended: with an answer of status 1xx to 3xx; with a 4xx; with a 5xx, an exception, or an answer
+#: that broke off or reported a failure; with a client that left before the end.
 Outcome = Literal["completed", "rejected", "failed", "abandoned"]
-#: Where the units come from: the service has stated them; each request costs the same; they were measured; unknown, so
-#: the amount that was reserved; the request is free.
+#: The origin of the units: the service has stated them; each request costs the same; they were measured; they are
+#: unknown, so the reserved amount is charged; the request is free.
 Basis = Literal["stated", "fixed", "measured", "reserved", "free"]
 Abandoned = Literal["reserved", "measured", "free"]
 
-# Reservations that wait in each process, and how many of them one request settles.
+# The most reservations that wait in each process, and how many of them one request settles.
 _MOST_WAITING: Final = 1000
 _MOST_AT_ONCE: Final = 10
 
@@ -38,20 +38,20 @@ class Settlement:
     operation_id: str
     token_id: int
     model: str | None
-    #: Quota units: those that were reserved, and those that were charged in the end.
+    #: Quota units: those that were reserved, and those that were finally charged.
     reserved: int
     units: int
     input_tokens: int
     output_tokens: int
     basis: Basis
     outcome: Outcome
-    #: The status of the answer; ``None``: it had not begun.
+    #: The status of the answer; ``None``: the answer had not begun.
     status: int | None
     #: How long the request took until it was settled.
     seconds: float
-    #: Whether the store has taken it. If not, it is tried again with later requests.
+    #: Whether the store has accepted it. If not, it is retried with later requests.
     settled: bool
-    #: How long the meter itself took, the reading of the request's body included if it had to be read.
+    #: How long the meter itself took, including reading the request's body if it had to be read.
     added: float = 0.0
 
 
@@ -62,9 +62,9 @@ class Head:
     status: int
     has_body: bool
     reader: CostReader
-    #: What the answer costs if it comes to its end; ``None``: the reader must see the body.
+    #: What the answer costs if it is complete; ``None``: the reader must see the body.
     usage: Usage | None
-    #: Whether the service has stated that, so that it also holds for an answer that fails.
+    #: Whether the service has stated that. Then it also applies to an answer that fails.
     is_stated: bool
 
 
@@ -77,12 +77,12 @@ def charge(
     abandoned: Abandoned,
     ended: bool,
 ) -> tuple[Usage, Basis]:
-    """Return what a request is charged. Who ends it pays: a service that fails is free, a caller who leaves is not.
+    """Return what a request is charged. If the service fails, the request is free. If the caller leaves, it is not.
 
     :param head: ``None``: the answer has not begun.
-    :param stated: what the application has stated through ``environ``.
+    :param stated: what the application stated through ``environ``.
     :param reserved: the units that the reservation holds.
-    :param ended: whether the reader has seen all of the answer.
+    :param ended: whether the reader saw all of the answer.
     """
     if head is None:
         if outcome != "abandoned":
@@ -123,7 +123,7 @@ class Reservation(NamedTuple):
     """The reservation of one request.
 
     :param begun: when the request began, by :func:`time.perf_counter`.
-    :param admitted: when it was let through.
+    :param admitted: when it was admitted.
     """
 
     settler: Settler
@@ -136,7 +136,7 @@ class Reservation(NamedTuple):
         self.settler.settle(_Charge(self.operation, self.begun, self.admitted, usage, basis, outcome, status))
 
     def settle_later(self, usage: Usage, basis: Basis, outcome: Outcome, status: int | None) -> None:
-        """Settle it with a later request. This takes no lock, so it can be called at any moment."""
+        """Let a later request settle it. This takes no lock, so it can be called at any moment."""
         self.settler.settle_later(_Charge(self.operation, self.begun, self.admitted, usage, basis, outcome, status))
 
 
@@ -151,7 +151,7 @@ class _Charge(NamedTuple):
 
 
 class Settler:
-    """Settles reservations. What the store fails to take is kept, and tried again after later ones have been taken.
+    """Settle reservations. One that the store fails to settle is kept, and retried after later ones have succeeded.
 
     :param on_settled: called with each :class:`Settlement`. What it raises is logged.
     """
@@ -159,16 +159,16 @@ class Settler:
     def __init__(self, store: QuotaStore, on_settled: Callable[[Settlement], None] | None) -> None:
         self._store = store
         self._on_settled = on_settled
-        # A child settles nothing that its parent keeps, and has no lock that another thread held.
+        # A child does not settle what its parent keeps, and does not inherit a lock that another thread held.
         self._queues: PerProcess[_Queue] = PerProcess(_Queue)
 
     def settle(self, charge: _Charge) -> None:
-        """Settle a reservation. If the store takes it, settle what waits too."""
+        """Settle a reservation. If the store accepts it, settle waiting ones too."""
         if self._settle(charge):
             self.settle_waiting()
 
     def settle_waiting(self) -> bool:
-        """Settle some of the reservations that wait, in order, and return whether any was settled."""
+        """Settle some of the waiting reservations, in order, and return whether any was settled."""
         queue = self._queues.peek()
         if queue is None or not queue.retrying.acquire(blocking=False):
             return False
@@ -186,7 +186,7 @@ class Settler:
         return settled > 0
 
     def settle_later(self, charge: _Charge) -> None:
-        """Settle a reservation with a later request."""
+        """Let a later request settle a reservation."""
         self._queues.get().untried.append(charge)
 
     def _settle(self, charge: _Charge) -> bool:
@@ -203,7 +203,7 @@ class Settler:
         return error is None
 
     def _retry(self, queue: _Queue) -> bool:
-        """Settle the oldest of those that wait, and return whether there may be more to do."""
+        """Settle the oldest waiting reservation, and return whether there may be more to do."""
         if not queue.failed:
             return False
         charge = queue.failed.popleft()
@@ -226,7 +226,7 @@ class Settler:
         except Exception as error:
             return error
         except BaseException:
-            # Whether the store has taken it is not known.
+            # It is unknown whether the store has settled it.
             _report(charge, "the worker is being stopped")
             raise
         return None
@@ -257,17 +257,17 @@ class Settler:
 
 
 class _Queue:
-    """What waits to be settled in one process, the oldest first."""
+    """The reservations that wait to be settled in one process, the oldest first."""
 
     def __init__(self) -> None:
-        #: What the store has failed to take, and what it was not asked to take yet.
+        #: Reservations that the store failed to settle, and those that it was not asked to settle yet.
         self.failed: deque[_Charge] = deque()
         self.untried: deque[_Charge] = deque(maxlen=_MOST_WAITING)
-        #: One thread at a time tries again.
+        #: One thread at a time retries.
         self.retrying = threading.Lock()
 
     def add(self, charge: _Charge) -> None:
-        """Keep one more. If there are too many, the oldest is dropped: the log has the command that settles it."""
+        """Keep one more reservation. If there are too many, drop the oldest, which the log says how to settle."""
         if len(self.failed) >= _MOST_WAITING:
             self.failed.popleft()
         self.failed.append(charge)
@@ -288,6 +288,6 @@ def _is_final(error: Exception) -> bool:
 
 
 def _described(error: Exception) -> str:
-    """Return what a log may show of an error. Only the texts of this package's own are known to hold no secrets."""
+    """Return what a log may show of an error. Only this package's own texts are known to hold no secrets."""
     name = type(error).__qualname__
     return f"{name}: {error}" if isinstance(error, (QuotaError, StoreError)) else name

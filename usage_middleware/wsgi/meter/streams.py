@@ -1,6 +1,6 @@
 """Reading answers while they pass: event streams and JSON bodies, plain or compressed by gzip.
 
-A reader is fed each chunk as it comes. It keeps what it still needs, within a bound, and changes nothing.
+A reader is fed each chunk as it comes. It keeps only what it still needs, within a bound, and changes nothing.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from typing import Any, Final
 
 from .figures import Figures
 
-#: Bytes. A line of an event stream, and the data of one event, beyond which neither is read.
+#: Bytes. A longer line of an event stream, and longer data of one event, is not read.
 MOST_EVENT: Final = 2**20
-#: Bytes. The body beyond which JSON is not read.
+#: Bytes. A larger JSON body is not read.
 MOST_JSON: Final = 16 * 2**20
 # Values in one JSON text. Each takes some 60 bytes once it is parsed, so text alone does not bound memory.
 _MOST_VALUES: Final = 2**20
-# Decompressed bytes: at a time, and beyond which a ratio that no text has ends the reading (deflate reaches 1032).
+# Decompressed bytes: at a time, and those after which a ratio that no text has ends the reading (deflate reaches 1032).
 _PIECE: Final = 2**16
 _MOST_UNCHECKED: Final = 16 * 2**20
 _MOST_RATIO: Final = 100
 
 _RESPONSE_ENDS: Final = (b"response.completed", b"response.incomplete", b"response.failed")
-# JSON may escape any character: these begin letters and the two other characters of the names that matter.
+# JSON may escape any character. These prefixes begin escapes of letters and of the two other characters in the names
+# that matter.
 _ESCAPES: Final = (b"\\u006", b"\\u007", b"\\u002e", b"\\u002E", b"\\u005f", b"\\u005F")
 
 _ZERO: Final = ("0", "0.", "0.0", "0.00", "0.000")  # RFC 9110 section 12.4.2
@@ -35,11 +36,11 @@ _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 
 def parse_json(text: bytes | bytearray) -> Any:
-    """Return the value of a JSON text that may come from anywhere.
+    """Return the value of an untrusted JSON text.
 
     :raises ValueError: it is not JSON, is nested too deeply, or has too many values.
     """
-    # JSON separates values by commas. Those within strings count too, but text has far fewer of them than bytes.
+    # JSON separates values by commas. Commas within strings count too, but text has few of them.
     if text.count(b",") + text.count(b"[") + text.count(b"{") > _MOST_VALUES:
         raise ValueError("too many values in one JSON text")
     try:
@@ -51,8 +52,8 @@ def parse_json(text: bytes | bytearray) -> Any:
 def may_matter(data: bytes) -> bool:
     """Return whether event data can hold what :class:`Figures` looks for.
 
-    To parse the data of every event would cost several times as much. A quotation mark within a JSON string is escaped,
-    so what a caller has a model say is hardly ever taken for one of these. If it is, the data is parsed, and says
+    Parsing the data of every event would cost several times as much. A quotation mark within a JSON string is escaped,
+    so a model's text is hardly ever taken for one of these names. If it is, the data is parsed and found to state
     nothing.
     """
     # OpenAI puts "usage":null into every event of a stream that was asked for its usage.
@@ -68,32 +69,32 @@ def may_matter(data: bytes) -> bool:
 
 
 class EventStream:
-    """Splits a stream of server-sent events, cut into chunks anywhere, and reads the figures out of its events.
+    """Split a stream of server-sent events, cut into chunks anywhere, and read the figures in its events.
 
-    WHATWG HTML section 9.2.6, "Interpreting an event stream". Unlike there, a last event without a blank line behind
-    it counts: a service that has stated what an answer cost and ends the stream has stated it.
+    WHATWG HTML section 9.2.6, "Interpreting an event stream". Unlike in the standard, a last event without a
+    blank line after it counts: the service has stated the cost, even if the stream ends there.
     """
 
     __slots__ = ("_after_cr", "_at_begin", "_data", "_figures", "_kind", "_line", "_line_is_unread", "_size")
 
     def __init__(self, figures: Figures) -> None:
         self._figures = figures
-        self._line = bytearray()  # the beginning of a line whose end has not come
+        self._line = bytearray()  # the beginning of a line that is not complete
         self._line_is_unread = False  # whether that line is too long
-        self._after_cr = False  # whether a line feed that comes now belongs to the carriage return before it
+        self._after_cr = False  # whether a line feed that follows belongs to the carriage return before it
         self._at_begin = True
-        # The event whose end has not come: its type, its data lines, and their size. Too large, they are not kept.
+        # The event that is not complete: its type, its data lines, and their size. Data that is too large is not kept.
         self._kind = b""
         self._data: list[bytes] = []
         self._size = 0
 
     @property
     def is_between_events(self) -> bool:
-        """Whether nothing of an event whose end has not come was fed."""
+        """Whether no part of an incomplete event was fed."""
         return not (self._line or self._size or self._kind or self._line_is_unread)
 
     def skip(self, data: bytes) -> bool:
-        """Pass over a chunk that is made of whole events which say nothing of the usage, and return whether it is so.
+        """Skip a chunk of whole events that do not state the usage, and return whether it was one.
 
         Most chunks are.
         """
@@ -169,14 +170,14 @@ class EventStream:
             return
         field, _, value = line.partition(b":")
         if field == b"data":
-            # The line feed that joins data lines counts, as a line may be empty.
+            # The line feed that joins data lines counts, because a line may be empty.
             self._size += len(value) + 1
             if self._size > MOST_EVENT:
                 self._leave_event_unread()
                 return
             value = value.removeprefix(b" ")
             self._data.append(value)
-            # A client that reads line by line acts on it at once.
+            # A client that reads line by line acts on this line at once.
             if value == b"[DONE]" and len(self._data) == 1:
                 self._figures.complete = True
         elif field == b"event":
@@ -198,7 +199,7 @@ class EventStream:
 
 
 class JSONBody:
-    """Collects a JSON body and reads the figures out of it at its end."""
+    """Collect a JSON body and read the figures in it at its end."""
 
     __slots__ = ("_body", "_figures", "_size")
 
@@ -228,7 +229,7 @@ class JSONBody:
 
 
 class Gunzipped:
-    """Decompresses a copy of a body for another reader."""
+    """Decompress a copy of a body for another reader."""
 
     __slots__ = ("_decompressor", "_feed", "_read", "_written")
 
@@ -255,7 +256,7 @@ class Gunzipped:
     def _pieces(self, data: bytes) -> Iterator[bytes]:
         self._read += len(data)
         piece = b""
-        # A piece of full size may be the first of what one input came to.
+        # After a piece of full size, the same input may yield more.
         while data or len(piece) == _PIECE:
             if self._decompressor.eof:
                 # RFC 1952 section 2.2: a file may have several members.

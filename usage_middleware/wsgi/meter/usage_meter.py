@@ -1,11 +1,11 @@
-"""The meter: stands in front of a service that must not be changed, and charges its callers for what it really cost.
+"""The meter: a middleware in front of a service that must not be changed. It charges callers what their requests cost.
 
 .. code-block:: python
 
     application = UsageMeter(application, SQLiteTokenStore("tokens.db"), cost=FromHeader("X-Usage-Cost", most=500))
 
 It checks the caller's key, reserves the most that the request can cost, lets the answer stream through, and settles
-what it came to. That is not a rate limiter or a billing system, and it does not translate between providers.
+the real cost. It is not a rate limiter or a billing system, and it does not translate between providers.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _EXHAUSTED_STATUSES: Final = (402, 403, 429)
 class UsageMeter:
     """Charge each request to a WSGI application to the quota of its caller's key.
 
-    :param app: the application, which need not know of it.
+    :param app: the application, which need not know about the meter.
     :param store: where tokens and their quota are kept.
     :param cost: what a request costs: a fixed number of quota units, :class:`FromHeader`, :class:`LLMUsage`, or an
         object of your own with the methods of :class:`Cost`.
@@ -56,28 +56,29 @@ class UsageMeter:
         lead elsewhere (a segment ``..``, an empty one, a backslash) is metered in any case.
     :param model: the model that a request is for, whose limit and usage it counts against: a name, or a function of
         ``environ`` such as :func:`requested_model`.
-    :param key: from a request to its key: :func:`bearer_key`, :func:`llm_key`, or a function of your own.
-    :param abandoned: what a client pays that leaves before the cost is known: the amount ``"reserved"``, what was
-        ``"measured"`` so far (the amount reserved if that is nothing), or nothing (``"free"``).
-    :param expires_in: seconds after which a reservation lapses that was never settled, because its process was killed.
-        More than the longest request takes.
+    :param key: a function of ``environ`` that returns the key: :func:`bearer_key`, :func:`llm_key`, or your own.
+    :param abandoned: what a client is charged if it leaves before the cost is known: the amount ``"reserved"``, what
+        was ``"measured"`` so far (the amount reserved if that is nothing), or nothing (``"free"``).
+    :param expires_in: seconds after which a reservation lapses if it was never settled, because its process was killed.
+        Choose more than the longest request takes.
     :param exhausted_status: the status of the answer to a key whose quota is used up.
-    :param forward_key: whether the application gets the header that holds the key.
+    :param forward_key: whether the application gets the header with the key.
     :param fail_open: let requests through without charging them while the store fails. By default they get a 503.
-    :param allow_origins, throttle, throttle_storage: as :class:`UsageMiddleware` takes them; for refusals alone.
+    :param allow_origins, throttle, throttle_storage: as :class:`UsageMiddleware` takes them. They apply to refusals
+        only.
     :param on_settled: called with a :class:`Settlement` after each metered request.
     :param on_refused: called with the reason of each refusal: ``no_key``, ``malformed``, ``unknown``, ``expired``,
         ``throttled``, ``model_not_allowed``, ``exhausted``, ``held``, ``unavailable`` or ``invalid_request``.
-    :raises TypeError, ValueError: an argument cannot be what it is meant to be.
-    :raises ImportError: there is a ``throttle``, and ``limits`` is not installed.
+    :raises TypeError, ValueError: an argument cannot be used.
+    :raises ImportError: ``throttle`` is given and ``limits`` is not installed.
 
     The application finds ``usage_middleware.token`` (as it was before the request), ``usage_middleware.operation_id``
-    and ``usage_middleware.charge`` in ``environ``. It may call the last with a number of quota units: that is then the
-    cost of the request, whatever ``cost`` finds out.
+    and ``usage_middleware.charge`` in ``environ``. If it calls the last with a number of quota units, that is the
+    cost of the request, whatever ``cost`` finds.
 
     ``OPTIONS`` passes unmetered, as browsers send it without a key. Answers pass through as they come, chunk by chunk.
-    ``Accept-Encoding`` is narrowed to gzip, or identity for a client that does not take it, because nothing else can
-    be decompressed to see what an answer has cost.
+    ``Accept-Encoding`` is narrowed to gzip, or to identity for a client that does not accept gzip, because the meter
+    cannot decompress anything else to see what an answer costs.
     """
 
     def __init__(
@@ -172,10 +173,11 @@ class UsageMeter:
             raise
 
     def _admit(self, environ: WSGIEnvironment) -> tuple[Cost, Operation | None]:
-        """Return the cost of a request and its reservation; ``None``: the store failed, which lets it through.
+        """Return the cost of a request and its reservation, which is ``None`` if the store failed and ``fail_open`` is
+        set.
 
-        :raises Refused: it is not let through.
-        :raises HTTPException: it has a body that is not taken.
+        :raises Refused: the request is refused.
+        :raises HTTPException: the request has a body that is not accepted.
         """
         key = self._authentication.key(environ)
         token = self._asked(environ, key, self._authentication.token)
@@ -197,7 +199,7 @@ class UsageMeter:
         return cost, operation
 
     def _asked(self, environ: WSGIEnvironment, key: str, question: Callable[[str], _Answer]) -> _Answer | None:
-        """Return what the store answers; ``None``: it failed, which lets the request through."""
+        """Return what the store answers, or ``None`` if it failed and ``fail_open`` is set."""
         try:
             return self._authentication.ask(environ, question, key)
         except Refused as refused:
@@ -215,7 +217,7 @@ class UsageMeter:
             try:
                 return reserve()
             except QuotaExceeded as error:
-                # What could not be settled holds more than it will be charged.
+                # A reservation that could not be settled holds more than it will be charged.
                 if error.held and self._settler.settle_waiting():
                     return reserve()
                 raise
@@ -265,9 +267,9 @@ def _checked_model(
 
 
 def _checked_name(model: str | None) -> str | None:
-    """Return the name of a model, if there can be one of that name.
+    """Return the name of a model, if it is possible as a name.
 
-    :raises Refused: there cannot.
+    :raises Refused: it is not.
     """
     if model is not None:
         try:

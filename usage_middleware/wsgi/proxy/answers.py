@@ -1,8 +1,8 @@
-"""Reads the answer of an HTTP service out of the bytes of its connection. It does no input or output itself.
+"""Parse the answer of an HTTP service from the bytes of its connection, without input or output of its own.
 
 A proxy has to be stricter than a client. :class:`http.client.HTTPResponse` drops the headers that follow a malformed
 one, splits a header at a lone CR, takes 103 for the final answer, reads ``-5`` and ``1_0`` as sizes of chunks, and
-returns a body that was cut off as if it were whole. It can also not stop within a chunk to send more of the request.
+returns a body that was cut off as if it were whole. It also cannot stop within a chunk to send more of the request.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Final, NamedTuple
 
 from ...errors import UpstreamError
 
-# What http.client allows: bytes of a line, and lines of a head or of a trailer.
+# The limits of http.client: bytes of a line, and lines of a head or of a trailer.
 _LINE_SIZE: Final = 65_536
 _MOST_FIELDS: Final = 100
 _MOST_INTERIM_ANSWERS: Final = 100
 
 # RFC 9112 section 4. Many services send no reason, and some leave out the space before it.
 _STATUS_LINE: Final = re.compile(rb"HTTP/(1\.[0-9]) ([1-9][0-9]{2})(?: ([\t -~\x80-\xff]*))?\r?\n")
-# RFC 9110 section 5.5, without folded lines. White space before the colon is wrong, and RFC 9112 section 5.1 has a
-# proxy remove it.
+# RFC 9110 section 5.5, without folded lines. White space before the colon is wrong, and RFC 9112 section 5.1
+# requires that a proxy removes it.
 _FIELD_LINE: Final = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+)[ \t]*:([\t -~\x80-\xff]*)\r?\n")
 _CONTENT_LENGTH: Final = re.compile(r"[0-9]{1,18}")
 # RFC 9112 section 7.1, with extensions, which a recipient ignores.
@@ -40,20 +40,20 @@ class Answer(NamedTuple):
 
 
 class AnswerReader:
-    """Reads one answer, from bytes that may be cut anywhere.
+    """Read one answer, from bytes that may be cut anywhere.
 
-    :ivar parts: the :class:`Answer`, then the pieces of its body. ``None`` among them asks for more bytes by
-        :meth:`feed`, which may come later. It raises :exc:`UpstreamError` if the answer is not valid or not complete.
+    :ivar parts: the :class:`Answer`, then the pieces of its body. ``None`` among them asks for more bytes, which the
+        caller passes to :meth:`feed`. It raises :exc:`UpstreamError` if the answer is not valid or not complete.
     """
 
     def __init__(self, method: str) -> None:
         self.parts = self._read(method)
         self._data = b""
-        self._at = 0  # up to where it has been used
+        self._at = 0  # the end of the part that has been used
         self._has_ended = False
 
     def feed(self, data: bytes) -> None:
-        """Add received bytes, or with ``b""`` the end of the connection."""
+        """Add received bytes. ``b""`` means the end of the connection."""
         self._data = self._data[self._at :] + data if self._at < len(self._data) else data
         self._at = 0
         self._has_ended = not data
@@ -104,7 +104,7 @@ class AnswerReader:
                 raise UpstreamError("its answer has a malformed chunk")
             size = int(match[1], 16)
             if not size:
-                yield from self._fields()  # trailers, which WSGI has no way to pass on
+                yield from self._fields()  # trailers, which WSGI cannot pass on
                 return
             yield from self._counted(size)
             if (yield from self._line()) not in _LINE_ENDS:
@@ -146,7 +146,7 @@ class AnswerReader:
 
 
 def _framing(version: str, headers: list[tuple[str, str]]) -> tuple[bool, int | None]:
-    """Return whether the body is chunked, and else its length, if it is known (RFC 9112 section 6.3)."""
+    """Return whether the body is chunked, and its length if that is known otherwise (RFC 9112 section 6.3)."""
     codings = [value.lower() for name, value in headers if name.lower() == "transfer-encoding"]
     lengths = [value for name, value in headers if name.lower() == "content-length"]
     if codings and (lengths or version == "1.0"):

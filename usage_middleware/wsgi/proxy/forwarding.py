@@ -1,4 +1,4 @@
-"""What changes in a message that a proxy passes on: its target, its headers, and how its body is framed."""
+"""What a proxy changes in a message: its target, its headers, and how its body is framed."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _HOP_BY_HOP: Final = frozenset(
         *("proxy-connection", "te", "trailer", "trailers", "transfer-encoding", "upgrade"),
     }
 )
-#: Request headers that follow from the request and its connection alone.
+#: Request headers that depend only on the request and its connection.
 FRAMING: Final = _HOP_BY_HOP | {"content-length", "expect"}
-# Written by this module. Beside them "Proxy", which CGI programs would find as HTTP_PROXY and take for the address of
-# the proxy that they have to use (CVE-2016-5385).
+# Written by this module. Also "Proxy", which CGI programs would find as HTTP_PROXY and take for the address of the
+# proxy that they have to use (CVE-2016-5385).
 _NOT_COPIED: Final = FRAMING | {
     *("content-type", "host", "proxy", "via"),
     *("x-forwarded-for", "x-forwarded-host", "x-forwarded-prefix", "x-forwarded-proto"),
@@ -56,15 +56,15 @@ class RequestBody:
 
     :ivar framing: the header that says where it ends, if there is one.
     :ivar ended: whether all of it has been read.
-    :raises Refused: the request does not say where its body ends, or says it in two ways, by which requests are
-        smuggled past a proxy (RFC 9112 section 11.2).
+    :raises Refused: the request does not say where its body ends, or says it in two ways, which would let an attacker
+        smuggle requests past a proxy (RFC 9112 section 11.2).
     """
 
     def __init__(self, environ: WSGIEnvironment) -> None:
         coding: str = environ.get("HTTP_TRANSFER_ENCODING", "").strip(" \t").lower()
         length: str = environ.get("CONTENT_LENGTH", "")
         body = environ["wsgi.input"]
-        # PEP 3333 has read() alone, which waits for a whole block on most servers. Some have a better method.
+        # PEP 3333 requires only read(), which on most servers waits for a whole block. Some have a better method.
         self._input: Callable[[int], bytes] = getattr(body, "read1", body.read)
         self._left: int | None = 0  # None: up to the end of the input
         self._block = b""
@@ -85,14 +85,14 @@ class RequestBody:
         elif self._is_framed_by_protocol(environ):
             self._left = None
         elif environ["REQUEST_METHOD"] in ("POST", "PUT", "PATCH"):
-            # RFC 9110 section 8.6 asks for it where a method usually has a body.
+            # RFC 9110 section 8.6 asks for it if the method usually has a body.
             self.framing = [("Content-Length", "0")]
         if self._left is None:
             self.framing = [("Transfer-Encoding", "chunked")]
         self.ended = self._left == 0
 
     def read(self) -> bytes:
-        """Return the next block as it goes over the wire. It may wait for the client."""
+        """Return the next block in the form in which it is sent. This may wait for the client."""
         if self._left is None:
             block: bytes = self._block or self._input(_BLOCK_SIZE)
             self._block = b""
@@ -106,7 +106,7 @@ class RequestBody:
         return block
 
     def _is_framed_by_protocol(self, environ: WSGIEnvironment) -> bool:
-        """Whether the request has a body although no header says so, as HTTP/2 and newer allow."""
+        """Return whether the request has a body although no header says so, as HTTP/2 and newer allow."""
         if environ["SERVER_PROTOCOL"].startswith("HTTP/1.") or not environ.get("wsgi.input_terminated"):
             return False
         self._block = self._input(_BLOCK_SIZE)
@@ -114,9 +114,9 @@ class RequestBody:
 
 
 def check_request(environ: WSGIEnvironment) -> None:
-    """Raise :exc:`Refused` for what is not forwarded whatever the service.
+    """Raise :exc:`Refused` for a request that is never forwarded, whatever the service.
 
-    ``TRACE`` would send back the headers that :class:`Proxy` adds, which may be credentials.
+    ``TRACE`` would return the headers that :class:`Proxy` adds, which may be credentials.
     """
     method: str = environ["REQUEST_METHOD"]
     if method in ("CONNECT", "TRACE") or not _METHOD.fullmatch(method):
@@ -133,8 +133,8 @@ def request_target(environ: WSGIEnvironment, base: str) -> str:
 
     :param base: the path of the service's URL, without a slash at its end.
 
-    The path decodes to ``PATH_INFO``, which others have judged. It has the escapes that the client wrote, if the server
-    says which these are.
+    The path decodes to ``PATH_INFO``, which the middleware in front has checked. It keeps the client's own escapes, if
+    the server provides them.
     """
     path: str = environ.get("PATH_INFO", "")
     if path == "*" and environ["REQUEST_METHOD"] == "OPTIONS" and not base:
@@ -154,11 +154,11 @@ def request_target(environ: WSGIEnvironment, base: str) -> str:
 def _as_written(environ: WSGIEnvironment, path: str) -> str:
     target: str = environ.get("REQUEST_URI") or environ.get("RAW_URI") or ""
     units = _PATH_UNITS.findall(target.partition("?")[0])
-    # What stands before is the prefix under which the application is mounted, or a scheme and a host.
+    # What comes before is the prefix under which the application is mounted, or a scheme and a host.
     written = "".join(units[-len(path) :])
     if unquote(written, "latin-1") == path:
         return _PATH_UNSAFE.sub(_escape, written)
-    # cheroot decodes all but slashes. They may not hide a segment from those who judged the path.
+    # cheroot decodes all but slashes. They must not hide a segment from the code that checked the path.
     written = "".join(units[-len(path) + 2 * path.count("%2F") :])
     if unquote(_SLASH.sub("%252F", written), "latin-1") == path and not _ODD_SEGMENT.search(unquote(written)):
         return _PATH_UNSAFE.sub(_escape, written)
@@ -175,8 +175,8 @@ def request_headers(
     """Return the headers of the forwarded request, without those that frame its body.
 
     :param host: the value of ``Host``.
-    :param replacements: headers to send whatever the client sent, by their names in lower case.
-    :param ignored: variables that are not the request's.
+    :param replacements: headers to send, whatever the client sent, by their names in lower case.
+    :param ignored: variables that do not belong to the request.
     """
     ours = [
         ("Host", host),

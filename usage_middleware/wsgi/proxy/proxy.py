@@ -57,15 +57,15 @@ class Proxy:
     :param headers: request headers to send whatever the client sent, such as credentials for the service. Their values
         are in no ``repr`` and no log line.
     :param connect_timeout: how many seconds opening the connection may take, to each address of the host.
-    :param read_timeout: how many seconds the service may send nothing while it is waited for.
+    :param read_timeout: how many seconds the service may be silent while the proxy waits for it.
     :raises TypeError, ValueError: an argument cannot be used.
 
     The service gets the path as the client wrote it, if that decodes to ``PATH_INFO``, and the query string unchanged.
-    ``Host`` is that of ``url``, so that a client cannot choose among the hosts of the service; ``headers`` can set
-    another. The client's is in ``X-Forwarded-Host``, its address is appended to ``X-Forwarded-For``, and
-    ``X-Forwarded-Proto`` and ``X-Forwarded-Prefix`` are set (the prefix is ``SCRIPT_NAME``, under which this is
-    mounted). Behind another proxy, put werkzeug's ``ProxyFix`` around the whole application. A ``Location`` that begins
-    with the service's own URL is rewritten to a path that the client can follow.
+    ``Host`` is the host of ``url``, so that a client cannot choose among the hosts of the service; ``headers`` can set
+    another. The client's ``Host`` is in ``X-Forwarded-Host``, its address is appended to ``X-Forwarded-For``, and
+    ``X-Forwarded-Proto`` and ``X-Forwarded-Prefix`` are set (the prefix is ``SCRIPT_NAME``, under which the
+    proxy is mounted). Behind another proxy, put werkzeug's ``ProxyFix`` around the whole application. A ``Location``
+    that begins with the service's own URL is rewritten to a path that the client can follow.
 
     Requests that cannot be forwarded are answered here, with the JSON errors that clients of OpenAI and Anthropic read:
 
@@ -79,12 +79,12 @@ class Proxy:
     504     ``gateway_timeout``  the service does not answer in time
     ======  ===================  ===================================================================================
 
-    A server learns that its client has left when it sends it something, so a service that is silent works on meanwhile.
+    A server learns that its client has left only when it sends something, so a silent service works on until then.
 
     If the service breaks off or falls silent after its answer has begun, iterating over the answer raises
     :exc:`UpstreamError`, and the server closes the client's connection. An answer with neither ``Content-Length`` nor
-    ``Transfer-Encoding: chunked`` ends when the service closes the connection, so it cannot be told from one that was
-    cut off. Trailers are dropped, as WSGI has none.
+    ``Transfer-Encoding: chunked`` ends when the service closes the connection, so it cannot be distinguished from one
+    that was cut off. Trailers are dropped, as WSGI has none.
     """
 
     def __init__(
@@ -108,7 +108,8 @@ class Proxy:
         hosts = {self._host, f"{authority}:{self._port}", self._replacements.get("host", ("", self._host))[1]}
         origin = "|".join(re.escape(f"{scheme}://{host}") for host in hosts)
         self._own_location = re.compile(rf"(?i:{origin}){re.escape(self._base)}(?=[/?#]|\Z)")
-        # wsgiref and granian put the process's environment into each request's. An HTTP_PROXY there is not a header.
+        # wsgiref and granian copy the process's environment into each request's. An HTTP_PROXY from there is not a
+        # header.
         self._ignored = {name: value for name, value in os.environ.items() if name.startswith("HTTP_")}
 
     def __repr__(self) -> str:
@@ -170,7 +171,7 @@ class Proxy:
 
 
 class _Body:
-    """The body of an answer. A class, because closing a generator that has not begun runs none of its code."""
+    """The body of an answer. This is a class, because closing a generator that has not begun runs none of its code."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange

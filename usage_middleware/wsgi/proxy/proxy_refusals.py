@@ -1,4 +1,4 @@
-"""What the proxy answers itself, in the form that the meter's refusals have."""
+"""The proxy's own answers, in the form of the meter's refusals."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ def _error_body(kind: str, message: str) -> str:
     return sdk_error_body(_TYPES[kind], kind.replace(" ", "_"), message)
 
 
-#: Without CORS, which is the service's to allow.
+#: Without CORS, as only the service may allow that.
 RESPONSES: Final = Responses(None, problems=_PROBLEMS, error_body=_error_body)

@@ -20,9 +20,9 @@ _READ_SIZE: Final = 65_536
 
 
 class Exchange:
-    """One request and its answer. Close it, whatever happens.
+    """One request and its answer. The caller must always close it.
 
-    :param connection: a connection that is not open yet. Its timeout is the one for connecting.
+    :param connection: a connection that is not open yet. Its timeout applies to connecting.
     :param read_timeout: how many seconds the service may neither send nor take anything.
     :raises UpstreamError: the connection cannot be opened.
 
@@ -61,7 +61,7 @@ class Exchange:
         self._reader = AnswerReader(method)
         self._parts = self._reader.parts
         self._body = body
-        # Sent together, as the buffers of a new connection are empty and take them without waiting.
+        # Sent together: the buffers of a new connection are empty and take both without waiting.
         self._unsent = memoryview(head if body.ended else head + body.read())
         self._send()
         for part in self._parts:
@@ -73,7 +73,7 @@ class Exchange:
         raise AssertionError("an answer without a head is an UpstreamError")
 
     def read(self) -> bytes:
-        """Return what has come of the body, as soon as something has, or ``b""`` at its end.
+        """Return the next part of the body as soon as it arrives, or ``b""`` at its end.
 
         :raises UpstreamError: the body is incomplete.
         """
@@ -84,14 +84,14 @@ class Exchange:
             for part in self._parts:
                 if isinstance(part, bytes):
                     pieces.append(part)
-                elif pieces:  # what has come at once goes on at once: to a server, each piece is a call and a packet
+                elif pieces:  # what arrives together goes on together, as each piece costs a server a call and a packet
                     break
                 else:
                     self._reader.feed(self._receive())
         except UpstreamError as error:
             if not pieces:
                 raise
-            self._failure = error  # after what came before it
+            self._failure = error  # raised after the pieces that came before it
         return b"".join(pieces)
 
     def _receive(self) -> bytes:
@@ -130,12 +130,12 @@ class Exchange:
         return bool(ready[0][1] & selectors.EVENT_WRITE)
 
     def _send(self) -> None:
-        """Send as much of what was read as the service takes."""
+        """Send as much of the block as the service takes."""
         self._socket.settimeout(self._read_timeout)
         try:
             self._unsent = self._unsent[self._socket.send(self._unsent) :]
         except OSError:
-            self._body = None  # it takes no more, and may have said why
+            self._body = None  # it takes no more, and may have sent an answer that says why
             return
         if not self._unsent and self._body is not None and self._body.ended:
             self._body = None
