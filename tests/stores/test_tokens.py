@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from usage_middleware import Token
 from usage_middleware.keys import check_key, key_digest, key_hint, make_key, strip_prefix, with_prefix
+from usage_middleware.stores import rows
 from usage_middleware.tokens import encode_model_limits, wire_form
 
 FULL = {
@@ -372,3 +373,9 @@ def test_any_text_has_a_digest_of_its_own(key):
 )
 def test_a_hint_leaves_20_unknown_characters_of_a_key(key, hint):
     assert key_hint(key) == hint
+
+
+def test_a_row_has_a_column_for_every_field():
+    fields = {field.name for field in dataclasses.fields(Token)}
+    assert {"id", *rows.TOKEN_COLUMNS} == fields
+    assert set(rows.token_values(Token())) == fields - {"id"}
