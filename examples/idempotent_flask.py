@@ -1,4 +1,4 @@
-"""A Flask view that charges, and that gives the first answer again when a request is repeated.
+"""A Flask view that charges, and that returns the first answer again if a request is repeated.
 
     python examples/idempotent_flask.py [PORT]
 
@@ -6,8 +6,8 @@ Then run the curl commands that it prints. It needs Flask. Tokens are kept in th
 or in tokens.db, and answers beside them, in answers.db.
 
 The answer is kept under the id of the operation, together with a digest of the request that it answers, before the
-operation is settled. So whatever is interrupted, the next request with the same Idempotency-Key finds either the answer
-and settles what it cost, or no answer, and is told that the first request never came to one.
+operation is settled. So after any interruption, the next request with the same Idempotency-Key either finds the answer
+and settles its cost, or finds none and gets an error that says so.
 """
 
 import hashlib
@@ -63,9 +63,9 @@ def shout() -> Response | str:
 
 
 def again(key: str, operation: Operation, body: bytes) -> Response | str:
-    """Give the answer of an earlier request, if this is the same one."""
+    """Return the answer of an earlier request, if this is the same one."""
     token = store.get(key)
-    if token is None or not token.enabled:  # since then: a repeated call is not refused by the ledger
+    if token is None or not token.enabled:  # it may be disabled by now; the ledger does not refuse a repeated call
         return refusal(401, "this key cannot be used")
     with closing(sqlite3.connect(ANSWERS)) as db:
         db.execute("CREATE TABLE IF NOT EXISTS answers (operation TEXT PRIMARY KEY, request BLOB, answer TEXT)")

@@ -1,4 +1,4 @@
-"""The usage endpoint in front of a legacy HTTP service, whatever language that is written in.
+"""The usage endpoint in front of a legacy HTTP service in any language.
 
     python examples/legacy_proxy.py [PORT]
 
@@ -23,7 +23,7 @@ from usage_middleware import Proxy, SQLiteTokenStore, UsageMiddleware
 
 
 class LegacyService(BaseHTTPRequestHandler):
-    """Stands for the legacy service. It answers with what reached it."""
+    """Stand in for the legacy service. It answers with the request that reached it."""
 
     def do_GET(self) -> None:
         received = self.rfile.read(int(self.headers.get("Content-Length", 0)))

@@ -21,7 +21,7 @@ from werkzeug.serving import run_simple
 
 from usage_middleware import Token, UsageMiddleware
 
-# Any column but the key may be NULL, and the key's own collation takes "abc" and "ABC" for the same.
+# Any column but the key may be NULL, and the key's own collation treats "abc" and "ABC" as equal.
 LEGACY_TABLE = """
 CREATE TABLE api_clients (
     apikey VARCHAR(64) NOT NULL PRIMARY KEY COLLATE NOCASE,
@@ -32,8 +32,8 @@ CREATE TABLE api_clients (
     is_blocked INTEGER
 )
 """
-# The first comparison uses the index, the second is exact. Keys arrive without `sk-`: where the table has it in front,
-# compare with 'sk-' || :key.
+# The first comparison uses the index, the second is exact. Keys arrive without `sk-`. If the table keeps it in
+# front, compare with 'sk-' || :key.
 QUERY = """
 SELECT cust_nm, credits_left, credits_spent, valid_until, is_blocked
 FROM api_clients WHERE apikey = :key AND apikey = :key COLLATE BINARY
@@ -45,7 +45,7 @@ class LegacyTokenStore:
         self.uri = Path(path).absolute().as_uri() + "?mode=ro"
 
     def get(self, key: str, /) -> Token | None:
-        # Requests come from several threads, and a connection belongs to one.
+        # Requests come from several threads, and a connection may be used by one only.
         with closing(sqlite3.connect(self.uri, uri=True)) as db:
             row = db.execute(QUERY, {"key": key}).fetchone()
         if row is None:
@@ -58,7 +58,7 @@ class LegacyTokenStore:
 
 
 def end_of(day: str) -> int:
-    """The Unix time at which a day such as 2030-12-31 is over, in UTC."""
+    """Return the Unix time at which a day such as 2030-12-31 ends, in UTC."""
     return int((datetime.fromisoformat(day).replace(tzinfo=timezone.utc) + timedelta(days=1)).timestamp())
 
 

@@ -1,4 +1,4 @@
-"""A Flask application that is charged a quota unit for each request. Its views know nothing of it.
+"""A Flask application that is charged a quota unit for each request. Its views do not know about it.
 
     python examples/meter_flask.py [PORT]
 
@@ -28,7 +28,7 @@ def health() -> str:
 
 store = SQLiteTokenStore(os.environ.get("USAGE_MIDDLEWARE_DB", "tokens.db"))
 meter = UsageMeter(app.wsgi_app, store, exempt=("/health",))
-# Outside of the meter, so that asking what is left is free.
+# Outside the meter, so that requests to the endpoint are free.
 app.wsgi_app = UsageMiddleware(meter, store)  # type: ignore[method-assign]
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A legacy HTTP service, in whatever language, that is charged what it states in a header of its answers.
+"""A legacy HTTP service in any language, whose requests cost what it states in a header of its answers.
 
     python examples/meter_legacy_service.py [PORT]
 
@@ -21,7 +21,7 @@ from usage_middleware import FromHeader, Proxy, SQLiteTokenStore, UsageMeter, Us
 
 
 class LegacyService(BaseHTTPRequestHandler):
-    """Stands for the legacy service. It counts the words that it is sent, and a word costs three units."""
+    """Stand in for the legacy service. It counts the words of a request, and each word costs three units."""
 
     def do_POST(self) -> None:
         words = len(self.rfile.read(int(self.headers.get("Content-Length", 0))).split())
@@ -34,7 +34,7 @@ class LegacyService(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Leave that to the server in front."""
+        """Leave logging to the server in front."""
 
 
 if __name__ == "__main__":

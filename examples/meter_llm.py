@@ -1,9 +1,9 @@
-"""An OpenAI-compatible service, whose tokens are charged, in JSON and in event streams.
+"""An OpenAI-compatible service whose tokens are charged, in JSON and in event streams.
 
     python examples/meter_llm.py [PORT]
 
 Then run the curl commands that it prints. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names, or in tokens.db.
-The program starts a small service that stands for the real one. Put a real one in its place by two variables:
+The program starts a small service that stands in for a real one. Two variables name a real one:
 
     UPSTREAM_URL=https://llm.example UPSTREAM_KEY=… python examples/meter_llm.py
 
@@ -35,7 +35,7 @@ ANSWER = ("Quinces", " are", " ripe.")
 
 
 class LLMService(BaseHTTPRequestHandler):
-    """Stands for the real service. It counts words where that counts tokens."""
+    """Stand in for the real service. It counts words instead of tokens."""
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -65,7 +65,7 @@ class LLMService(BaseHTTPRequestHandler):
         self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
 
     def log_message(self, *_: object) -> None:
-        """Leave that to the server in front."""
+        """Leave logging to the server in front."""
 
 
 if __name__ == "__main__":
@@ -81,7 +81,7 @@ if __name__ == "__main__":
         meter = UsageMeter(
             upstream,
             store,
-            # A stream states its usage only if it is asked to, and the client does not see that it was.
+            # A service states the usage of a stream only if asked. The client does not see that it was asked.
             cost=LLMUsage(most=8000, input=1, output=4, ask=True),
             model=requested_model,
             key=llm_key,

@@ -3,7 +3,7 @@
     python examples/meter_opentelemetry.py [PORT]
 
 Then run the curl commands that it prints. It needs opentelemetry-api; with opentelemetry-sdk and an exporter, such as
-`opentelemetry-instrument` sets up, the metrics go where the rest of yours go. Tokens are kept in the file that
+`opentelemetry-instrument` sets up, the metrics go to the same place as your others. Tokens are kept in the file that
 USAGE_MIDDLEWARE_DB names, or in tokens.db.
 """
 

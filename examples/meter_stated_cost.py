@@ -35,7 +35,7 @@ def shout(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[b
 
 
 store = SQLiteTokenStore(os.environ.get("USAGE_MIDDLEWARE_DB", "tokens.db"))
-# So much is reserved before the application is called; what it states is charged in the end.
+# This much is reserved before the application is called. What it states is charged at the end.
 application = UsageMiddleware(UsageMeter(shout, store, cost=MOST_LETTERS), store)
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""A Flask view that charges its caller's key: it reserves before the work, and settles what the work came to.
+"""A Flask view that charges its caller's key: it reserves before the work, and settles the real cost after it.
 
     python examples/metered_flask.py [PORT]
 
 Then run the curl commands that it prints. It needs Flask. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names,
 or in tokens.db.
 
-A client that sends an Idempotency-Key is never charged twice for it. If it sends one again, the request is refused: the
-work is not done a second time for nothing. An application that can keep its answers gives the first one again; see
+A client that sends an Idempotency-Key is never charged twice for it. If it sends one again, the request is refused, so
+the work is not done twice for one payment. An application that can keep its answers returns the first one again; see
 idempotent_flask.py.
 """
 

@@ -1,4 +1,4 @@
-"""A price list, as somebody wrote it long ago: a plain WSGI application (PEP 3333) that knows nothing of tokens.
+"""A price list from long ago: a plain WSGI application (PEP 3333) that does not know about tokens.
 
 wrap_old_application.py gives it the usage endpoint without a change to this file.
 """

@@ -1,4 +1,4 @@
-"""The usage endpoint for an application that nobody wants to touch: old_application.py stays as it is.
+"""The usage endpoint for an application that must not be changed: old_application.py stays as it is.
 
     pip install usage-middleware
     python examples/wrap_old_application.py [PORT]

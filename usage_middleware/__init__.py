@@ -104,8 +104,8 @@ __all__ = [
     "requested_model",
 ]
 
-# Where the names of the meter and of the proxy are. They need werkzeug and http.client, whose imports take as long as
-# that of everything else here.
+# The modules of the meter and of the proxy. They need werkzeug and http.client, whose imports take as long as those of
+# everything else here.
 _LATER = {
     **dict.fromkeys(("Cost", "CostReader", "FromHeader", "PerRequest", "Usage"), ".wsgi.meter.costs"),
     **dict.fromkeys(("LLMUsage", "Prices", "per_million"), ".wsgi.meter.llm_usage"),

@@ -1,4 +1,4 @@
-"""What passes between a store and the quota rules: the :class:`Account` it loads and the :class:`Changes` it saves."""
+"""Data between a store and the quota rules: the :class:`Account` that is loaded and the :class:`Changes` to save."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lookup:
-    """Which token a transaction is about, and what else a rule needs of it.
+    """The token of a transaction, and what else a rule needs of it.
 
     Exactly one of ``digest``, ``token_id`` and ``operation_id`` names the token.
     """
@@ -25,7 +25,7 @@ class Lookup:
     token_id: int | None = None
     #: The id of one of its operations, which is loaded too.
     operation_id: str | None = None
-    #: The idempotency key of another one, which is loaded if the token has it.
+    #: The idempotency key of another operation, which is loaded if the token has it.
     idempotency_key: str | None = None
     #: The model whose usage is loaded, if the token's model limits are enabled.
     model: str | None = None
@@ -36,7 +36,7 @@ class Lookup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
-    """What a store loads of one token, behind its lock: all that a rule may need."""
+    """What a store loads of one token after locking it: all that a rule may need."""
 
     token: Token
     #: The operation of the look-up's ``operation_id``.
@@ -45,7 +45,7 @@ class Account:
     made: Operation | None = None
     #: Reservations that have lapsed and hold units.
     lapsed: Sequence[Operation] = ()
-    #: Whether there may be more of them than were loaded. Set by the ledger.
+    #: Whether there may be more of them than were loaded. The ledger sets it.
     more_lapsed: bool = False
     #: The look-up's model.
     model: str | None = None
@@ -54,7 +54,7 @@ class Account:
 
 
 class Step(NamedTuple):
-    """One operation that comes to be, or that changes."""
+    """One operation that is made or changed."""
 
     before: Operation | None
     after: Operation
@@ -62,9 +62,9 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Changes:
-    """What a store saves: all of it or nothing."""
+    """What a store saves, all or nothing."""
 
-    #: The token as it was loaded, and as it becomes.
+    #: The token before and after the changes.
     before: Token
     token: Token
     #: In the order in which they happened. One operation may be in several.
@@ -72,12 +72,15 @@ class Changes:
 
     @property
     def is_renewed(self) -> bool:
-        """Whether a period began. What open reservations hold is part of the new quota then: before a store saves the
-        steps, it marks every reservation of the token that is open and holds units as not ``unlimited``."""
+        """Whether a period began.
+
+        If so, what open reservations hold is part of the new quota. Before a store saves the steps, it marks every
+        reservation of the token that is open and holds units as not ``unlimited``.
+        """
         return any(step.after.kind == "renewal" for step in self.steps)
 
     def model_usage(self) -> dict[str, int]:
-        """Return by how many units the usage of each model changes."""
+        """Return the number of units by which the usage of each model changes."""
         usage: dict[str, int] = {}
         for before, after in self.steps:
             units = after.held - (before.held if before else 0)
@@ -86,7 +89,7 @@ class Changes:
         return usage
 
     def days(self) -> list[DayUsage]:
-        """Return by how much the usage of each day and model changes."""
+        """Return the changes of usage for each day and model."""
         if len(self.steps) == 1:  # an ordinary charge
             return [_booked(self.steps[0])] if self.steps[0].after.is_request else []
         return add_up(_booked(step) for step in self.steps if step.after.is_request)

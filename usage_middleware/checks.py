@@ -1,4 +1,4 @@
-"""Checks of arguments that several rooms take: each raises an error that says what the argument must be."""
+"""Checks of arguments that several packages share. Each raises an error that says what the argument must be."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check_time(what: str, time: object) -> None:
 
 
 def can_exist(token_id: object) -> bool:
-    """Return whether there could be a token of that id; a database would refuse to look for others.
+    """Return whether there could be a token of that id. A database would raise an error for other ids.
 
     :raises TypeError: it is not an ``int``.
     """

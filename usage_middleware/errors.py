@@ -1,6 +1,6 @@
 """The exceptions. All derive from :class:`UsageMiddlewareError`, so a host can catch one thing.
 
-No message, argument or attribute of any of them holds a key or its digest.
+Their messages, arguments and attributes never hold a key or its digest.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ class UsageMiddlewareError(Exception):
 class StoreError(UsageMiddlewareError):
     """The store could not do its work: its database failed, is locked, or is not ours.
 
-    The message says which, and the database's own exception is chained as ``__cause__``.
-    On the wire it is a 503. Its text is logged, so a store that raises it keeps keys out of it.
+    The message says which, and the database's own exception is chained as ``__cause__``. The client gets a 503. The
+    text is logged, so a store must keep keys out of it.
     """
 
 
@@ -50,7 +50,7 @@ class TokenNotFound(_AboutToken):
 
 
 class TokenDisabled(_AboutToken):
-    """The token exists and its operator has switched it off."""
+    """The token exists, but its operator has disabled it."""
 
 
 class TokenExpired(_AboutToken):
@@ -60,10 +60,11 @@ class TokenExpired(_AboutToken):
 class QuotaExceeded(QuotaError):
     """The amount is more than the token, the model's limit, or the operation to refund has left.
 
-    :param requested: the quota units asked for: of a reservation with ``at_least``, the least that would have done.
+    :param requested: the quota units that were requested; for a reservation with ``at_least``, the least that would
+        have done.
     :param available: the quota units that are left; negative when overdrawn.
-    :param held: the quota units that open reservations hold of the same quota. Some of them may come back: a caller
-        may try again if ``requested <= available + held``, and need not if it is more.
+    :param held: the quota units that open reservations hold of the same quota. Some of them may be released: a
+        retry makes sense only if ``requested <= available + held``.
     :param model: the model whose limit is exceeded; ``None``: it is the token's quota, or the operation's.
     """
 
@@ -100,16 +101,16 @@ class OperationNotFound(_AboutOperation):
 
 
 class OperationConflict(_AboutOperation):
-    """The operation cannot be changed in this way, or its idempotency key was used before, for another call."""
+    """The operation cannot be changed in this way, or its idempotency key was used for another call."""
 
 
 class UpstreamError(UsageMiddlewareError):
     """The service could not be reached, broke off, or sent something that is not valid HTTP.
 
-    :class:`Proxy` answers 502 as long as no part of an answer has been passed on. Later, it raises this, so that the
-    server closes the client's connection and the client sees that the answer is incomplete.
+    Until it has passed on part of an answer, :class:`Proxy` answers 502. After that, it raises this, so that the server
+    closes the client's connection and the client sees that the answer is incomplete.
     """
 
 
 class UpstreamTimeout(UpstreamError):
-    """The service sent nothing for too long. :class:`Proxy` answers 504 as long as it can."""
+    """The service was silent for too long. Until it has passed on part of an answer, :class:`Proxy` answers 504."""

@@ -1,7 +1,7 @@
 """Making, checking, stripping and hashing keys.
 
-A key is what its holder sends. Every ``sk-`` in front of it is decoration: it is stripped wherever a key enters, so
-that a key is the same key with and without it. Stores keep :func:`key_digest` of a stripped key and never the key.
+A key is what its holder sends. Every ``sk-`` in front of it is decoration, and is stripped wherever a key enters. So a
+key is the same with and without it. Stores keep :func:`key_digest` of a stripped key and never the key.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KEY_PATTERN: Final = rf"[!-+\--~]{{1,{KEY_MAX_LENGTH}}}"
 
 _KEY: Final = re.compile(KEY_PATTERN)
 _KEY_ALPHABET: Final = string.ascii_letters + string.digits
-_KEY_LENGTH: Final = 48  # what public clients expect behind the prefix; 285 bits
+_KEY_LENGTH: Final = 48  # what public clients expect after the prefix; 285 bits
 HINT_LENGTH: Final = 4
 HINT_MIN_KEY_LENGTH: Final = 24
 
@@ -46,10 +46,10 @@ def make_key() -> str:
 
 
 def check_key(key: object) -> str:
-    """Return a key that an operator brings, stripped.
+    """Check a key that an operator chose, and return it stripped.
 
     :raises TypeError: it is not a ``str``.
-    :raises ValueError: a client could not send it. Neither message shows the key.
+    :raises ValueError: a client could not send it. The messages do not show the key.
     """
     if not isinstance(key, str):
         raise TypeError(f"a key must be a str, got {type(key).__name__}")
@@ -70,16 +70,16 @@ def key_digest(key: str) -> bytes:
     """
     if not isinstance(key, str):
         raise TypeError(f"a key must be a str, got {type(key).__name__}")
-    # Any text has a digest, so that asking for a key that cannot exist is answered and not an encoding error
-    # (whose traceback would show the key).
+    # Any text has a digest. So a request with a key that cannot exist gets an answer, and not an encoding error whose
+    # traceback would show the key.
     return hashlib.sha256(strip_prefix(key).encode("utf-8", "surrogatepass")).digest()
 
 
 def key_hint(key: str) -> str:
-    """Return the last four characters of a key, to tell keys apart in lists; nothing for a short one.
+    """Return the last four characters of a key, to distinguish keys in lists. The hint of a short key is empty.
 
-    Whoever reads the database has the digest too, and guesses what the hint leaves of a short key: 20 unknown
-    characters are beyond that, four are not.
+    A person who reads the database has the digest too, and can guess what the hint leaves of a short key: four unknown
+    characters can be guessed, 20 cannot.
     """
     stripped = strip_prefix(key)
     return stripped[-HINT_LENGTH:] if len(stripped) >= HINT_MIN_KEY_LENGTH else ""

@@ -1,4 +1,4 @@
-"""The log of a token: its charges and refunds, as a holder reads them page by page."""
+"""The log of a token: its charges and refunds, for its holder, page by page."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ LOG_KINDS: Final[tuple[LogKind, ...]] = ("charge", "refund")
 
 
 class LogEntry(NamedTuple):
-    """One charge or refund. Charges less refunds are what is used."""
+    """One charge or refund. Charges minus refunds are the usage."""
 
     kind: LogKind
     #: Unix time in whole seconds.
     created_at: int
-    #: Quota units: what a charge came to before refunds, what an open reservation holds, what a refund gave back.
+    #: Quota units: what a charge came to before refunds, what an open reservation holds, what a refund returned.
     units: int
-    #: The model's name; empty for a charge that named none.
+    #: The model's name; empty for a charge without a model.
     model: str = ""
     input_tokens: int = 0
     output_tokens: int = 0
-    #: What names it: an operation's id.
+    #: The operation's id.
     id: str = ""
     #: How long the request took, in whole seconds; 0 if it is not known.
     seconds: int = 0
@@ -32,14 +32,14 @@ class LogEntry(NamedTuple):
 
 @runtime_checkable
 class KeepsLog(Protocol):
-    """A store that can tell what each token was charged for."""
+    """A store that keeps a log of each token's charges."""
 
     def log(
         self, token_id: int, *, kinds: Collection[LogKind], since: int, until: int, offset: int, size: int
     ) -> Sequence[LogEntry]:
-        """Return up to ``size`` entries behind the ``offset`` newest, newest first.
+        """Return up to ``size`` entries, the newest first, after the ``offset`` newest.
 
-        :param kinds: which kinds of entries there are to be.
+        :param kinds: which kinds of entries to return.
         :param since: leave out what was made earlier than this Unix time.
         :param until: leave out what was made later than this second.
         """

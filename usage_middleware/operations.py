@@ -1,11 +1,11 @@
 """The quota rules: what charging, reserving, settling, refunding and granting do to a token.
 
-Every rule is a pure function of an :class:`~.accounts.Account`, which a store has loaded behind its lock, and returns
-the :class:`~.accounts.Changes` that the store saves. No store has a rule of its own.
+Every rule is a pure function of an :class:`~.accounts.Account`, which a store has locked and loaded. It returns the
+:class:`~.accounts.Changes` that the store saves. No store has a rule of its own.
 
-The law they keep: ``total_granted == total_used + total_available``. An operation *holds* the units that it has taken
-from a token and not given back. All that ever happens is that an operation comes to hold another number of units, so
-:func:`_moved` is the one place where totals move; only a grant and a renewal change what was granted.
+The invariant: ``total_granted == total_used + total_available``. An operation *holds* the units that it has taken from
+a token and not returned. Every change of totals is a change of the units that an operation holds, so only
+:func:`_moved` moves totals. Only a grant and a renewal change what was granted.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Operation:
     id: str
     token_id: int
     kind: Kind
-    #: The quota units asked for: of a grant that takes back, and of a renewal of less than is left, negative; of a
-    #: refund of all that is left ``None``.
+    #: The quota units that were requested. Negative for a grant that takes back, and for a renewal with less than was
+    #: left. ``None`` for a refund of all that is left.
     amount: int | None
-    #: The caller's name for the call, unique for the token. ``None``: it was not given one.
+    #: The caller's name for the call, unique for the token, or ``None``.
     idempotency_key: str | None = None
     model: str | None = None
-    #: The units that it has taken from the token and not given back.
+    #: The units that it has taken from the token and not returned.
     held: int = 0
     #: Whether the token's quota was unlimited when it took them, so that they did not come from ``total_available``.
     unlimited: bool = False
@@ -48,9 +48,9 @@ class Operation:
     at_least: int | None = None
     #: How many seconds a reservation lasts.
     expires_in: float | None = None
-    #: Unix time at which a reservation lapses that is not settled.
+    #: Unix time at which a reservation lapses if it is not settled.
     expires_at: float | None = None
-    #: The units that it came to: what a reservation was settled with, what a refund gave back. ``None``: it is open.
+    #: The final units: what a reservation was settled with, or what a refund returned. ``None``: the operation is open.
     final_amount: int | None = None
     input_tokens: int = 0
     output_tokens: int = 0
@@ -58,11 +58,11 @@ class Operation:
     refund_of: str | None = None
     #: Unix time, with a fraction.
     created_at: float = 0.0
-    #: Unix time at which it last came to hold other units.
+    #: Unix time at which the units that it holds last changed.
     changed_at: float = 0.0
-    #: Its place in the store's order; 0 in what the call returns that makes it.
+    #: Its place in the store's order; 0 in the result of the call that makes it.
     number: int = field(default=0, compare=False)
-    #: Whether the call that returned it found it already made, by its idempotency key. Not stored.
+    #: Whether the call that returned it found it by its idempotency key, as made before. Not stored.
     replayed: bool = field(default=False, compare=False)
 
     @property
@@ -85,19 +85,19 @@ class Operation:
         return self.expires_at is not None and self.expires_at <= now
 
     def is_finished(self, before: float, lapsed_before: float) -> bool:
-        """Return whether it can be forgotten: nothing was done with it since ``before``, or since it lapsed."""
+        """Return whether it can be pruned: nothing was done with it since ``before``, or since it lapsed."""
         if self.final_amount is not None:
             return self.changed_at < before
         return self.held == 0 and self.expires_at is not None and self.expires_at <= lapsed_before
 
 
 def bring_up_to_date(account: Account, now: float, *, renewal_id: str) -> tuple[Account, Changes | None]:
-    """Begin a new period if one is due, as a read shows it, and release what lapsed reservations hold.
+    """Begin a new period if one is due, and release what lapsed reservations hold.
 
     A lapsed reservation stays open: a late settle still charges.
 
     :param renewal_id: the id of the operation that records a renewal.
-    :return: the account as it is then, and the changes that make it so; ``None``: nothing was due.
+    :return: the account after that, and the changes, which are ``None`` if nothing was due.
     """
     if not account.lapsed and not is_due(account.token, now):
         return account, None
@@ -122,14 +122,14 @@ def bring_up_to_date(account: Account, now: float, *, renewal_id: str) -> tuple[
 
 
 def take(account: Account, operation: Operation, now: float) -> Changes:
-    """Take ``operation.amount`` units for a new charge or reservation; with ``at_least``, what there is of them.
+    """Take ``operation.amount`` units for a new charge or reservation. With ``at_least``, fewer will do.
 
     :raises TokenDisabled, TokenExpired, ModelNotAllowed, QuotaExceeded: the token may not be charged.
     """
     token = account.token
     _check_usable(token, now)
     amount = operation.amount or 0
-    # It takes less only when nothing is left to be released.
+    # It takes fewer units only if no lapsed reservation is left to release.
     least = amount if operation.at_least is None or account.more_lapsed else operation.at_least
     for left, model in _limits(token, operation.model, account.model_used):
         if least > 0 and left < least:
@@ -159,7 +159,7 @@ def settle(account: Account, amount: int, now: float, *, input_tokens: int, outp
 
 
 def refund(account: Account, made: Operation, now: float) -> Changes:
-    """Give back ``made.amount`` units of the account's operation, which is a charge; ``None``: all that are left.
+    """Return ``made.amount`` units of the account's operation, which is a charge. ``None``: all that are left.
 
     :param made: the operation that records the refund.
     :raises OperationConflict: the operation is of a kind that cannot be refunded, or is an open reservation.
@@ -219,9 +219,9 @@ def check_totals(token: Token) -> None:
 
 
 def check_replay(operation: Operation, **arguments: object) -> None:
-    """Check that a call that names an operation again is the same call.
+    """Check that a repeated call is the same as the call that made the operation.
 
-    :raises OperationConflict: it is another.
+    :raises OperationConflict: it is another call.
     """
     for name, value in arguments.items():
         if getattr(operation, name) != value:
@@ -231,7 +231,7 @@ def check_replay(operation: Operation, **arguments: object) -> None:
 
 
 def _moved(token: Token, before: Operation | None, after: Operation) -> Token:
-    """Return the token after one of its operations has changed, or has come to be."""
+    """Return the token after one of its operations was changed or made."""
     units, from_quota, in_reserve = _holdings(after)
     if before is not None:
         units_before, from_quota_before, in_reserve_before = _holdings(before)
@@ -248,13 +248,12 @@ def _moved(token: Token, before: Operation | None, after: Operation) -> Token:
 
 
 def _of_new_quota(operation: Operation) -> Operation:
-    """Return the operation in a new period: what it holds, if it is open, is part of the new quota."""
+    """Return the operation in a new period. If it is open, what it holds is part of the new quota."""
     return dataclasses.replace(operation, unlimited=False) if operation.is_holding else operation
 
 
 def _holdings(operation: Operation) -> tuple[int, int, int]:
-    """Return the units that an operation holds, those of them that came from the token's quota, and those of them that
-    are not final."""
+    """Return the units that an operation holds, and how many of them came from the quota and how many are not final."""
     units = operation.held
     return units, 0 if operation.unlimited else units, units if operation.is_open else 0
 
@@ -267,7 +266,7 @@ def _check_usable(token: Token, now: float) -> None:
 
 
 def _limits(token: Token, model: str | None, model_used: int) -> Iterator[tuple[int, str | None]]:
-    """Yield the units that are left of each limit that a charge is held to, with the model if it is a model's."""
+    """Yield what is left of each limit that applies to a charge, with the model if the limit is the model's."""
     if model is not None and token.model_limits_enabled:
         limit = token.model_limits.get(model)  # int or True
         if limit is None:

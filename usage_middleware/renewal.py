@@ -1,4 +1,4 @@
-"""Quotas that renew: when a period begins, and what a token has when it does. Pure functions of a token and the time.
+"""Quotas that renew: when a period begins, and what a token has then. Pure functions of a token and the time.
 
 A period is a UTC day, a week from Monday, or a month of the calendar.
 """
@@ -28,7 +28,7 @@ def first_renewal(renewal: str, now: float) -> int:
 
 
 def is_due(token: Token, now: float) -> bool:
-    """Return whether a period of the token has begun that it does not know of yet."""
+    """Return whether a period has begun that the token does not record yet."""
     return 0 < token.renews_at <= now and token.renewal != ""
 
 
@@ -36,8 +36,8 @@ def renewed(token: Token, now: float) -> Token:
     """Return the token as it is at ``now``: in a new period, if one has begun.
 
     Debt is not forgiven, and what is left over is not carried over. What open reservations hold is taken from the new
-    quota, as they are not final, so that a release after midnight cannot carry quota over. The quota is smaller if a
-    total, or the change of one, would not be a 64-bit integer otherwise.
+    quota, as they are not final, so that a release after midnight cannot carry quota over. The quota is reduced if a
+    total, or its change, would not fit into a 64-bit integer.
     """
     if not is_due(token, now):
         return token

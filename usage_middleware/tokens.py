@@ -1,4 +1,4 @@
-"""What is known of a key: :class:`Token`, and :class:`TokenRecord`, what stores exchange of it."""
+"""A key's :class:`Token`, and the :class:`TokenRecord` that stores exchange."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ _encode_json = JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Token:
-    """What is known of one key. Immutable; the field names are the wire's.
+    """All that is known about one key. It is immutable, and its field names are those of the answer.
 
     Every field is checked when the token is made, so that the author of a store learns of a mistake at once and not
-    from a client: an ``int`` field takes no ``bool`` and no ``float``, a ``bool`` field no ``0`` or ``1``, a ``str``
-    field no ``None``.
+    from a client. An ``int`` field does not take a ``bool`` or a ``float``, a ``bool`` field does not take ``0`` or
+    ``1``, and a ``str`` field does not take ``None``.
 
     :raises TypeError: a field has the wrong type; the message names the field.
     :raises ValueError: a field has the right type and an impossible value.
@@ -56,7 +56,7 @@ class Token:
     total_used: int = 0
     #: With unlimited quota nothing is refused for lack of ``total_available``.
     unlimited_quota: bool = False
-    #: Model name to the most quota units that this model may use, or ``True`` for no limit of its own.
+    #: From a model's name to the most quota units that it may use, or ``True`` if it has no limit of its own.
     model_limits: Mapping[str, int | bool] = field(default_factory=dict, hash=False)
     model_limits_enabled: bool = False
     #: Unix time in whole seconds; 0 or less: never.
@@ -64,7 +64,7 @@ class Token:
     enabled: bool = True
     #: The store's own number for the token, if it has one.
     id: int | None = None
-    #: The key's last four characters, to tell tokens apart in lists.
+    #: The key's last four characters, to distinguish tokens in lists.
     hint: str = ""
     #: Unix time in whole seconds; 0 if it is not known.
     created_at: int = 0
@@ -78,7 +78,7 @@ class Token:
     held: int = 0
 
     def __post_init__(self) -> None:
-        # The request path makes a token for every answer: the one expression is all that an ordinary one costs.
+        # The request path makes a token for every answer, so an ordinary token costs only this one expression.
         if not (
             type(self.total_available) is type(self.total_used) is type(self.expires_at) is type(self.created_at) is int
             and type(self.renewal_quota) is type(self.renews_at) is type(self.held) is int
@@ -90,7 +90,7 @@ class Token:
             and (type(self.id) is int or self.id is None)
         ):
             self._check_fields()
-        # A copy: the token must not change with the mapping that it was made from.
+        # A copy, so that the token does not change with the mapping that it was made from.
         object.__setattr__(self, "model_limits", _checked_limits(self.model_limits) if self.model_limits != {} else {})
 
     def _check_fields(self) -> None:
@@ -108,26 +108,26 @@ class Token:
 
     @property
     def total_granted(self) -> int:
-        """All the quota that the token ever got, in quota units: what is used and what is available."""
+        """All quota units that the token was ever granted: what is used and what is available."""
         return self.total_used + self.total_available
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRecord:
-    """All that a store keeps of a token but its operations: what moves from one store to another."""
+    """All that a store keeps of a token except its operations. It moves from one store to another."""
 
-    #: Its ``id`` is the number that the store it comes from had for it.
+    #: Its ``id`` is its number in the store that it comes from.
     token: Token
     #: :func:`~.keys.key_digest` of its key.
     digest: bytes = field(repr=False)
-    #: Model -> the quota units that it has used of the token.
+    #: From a model's name to the quota units that it has used of the token.
     model_usage: Mapping[str, int] = field(default_factory=dict)
-    #: What was used by day and model, each of them once.
+    #: Usage by day and model. Each pair occurs once.
     days: Sequence[DayUsage] = ()
 
 
 def token_state(token: Token, now: float) -> str:
-    """Return whether the token's holder can use it, and if not, why: one of :data:`TOKEN_STATES`.
+    """Return the token's state: usable, or the reason why it is not. It is one of :data:`TOKEN_STATES`.
 
     :param now: Unix time in seconds.
     """
@@ -181,8 +181,8 @@ def id_of(token: Token) -> int:
 def wire_form(token: Token) -> str:
     """Return the token as the ``data`` object of a usage answer: compact JSON, its keys in the documented order.
 
-    ``total_granted`` is computed here and nowhere stored, so it is always the sum of the other two. Written out
-    rather than built as a dict: the order is visible, and it costs half of what a JSON encoder does.
+    ``total_granted`` is computed here and never stored, so it is always the sum of the other two. The object is written
+    out, not built as a dict: the order is visible, and it costs half as much as a JSON encoder.
     """
     return (
         '{"object":"token_usage","name":%s,"total_granted":%d,"total_used":%d,"total_available":%d,'

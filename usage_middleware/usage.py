@@ -15,7 +15,7 @@ class DayUsage(NamedTuple):
     """
 
     day: date
-    #: The model's name; empty for charges that named none.
+    #: The model's name; empty for charges without a model.
     model: str
     #: Quota units.
     used: int

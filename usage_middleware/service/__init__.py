@@ -1,1 +1,1 @@
-"""From words on a command line to a WSGI application: what ``serve`` serves, and what other servers load."""
+"""The WSGI application that command-line options describe: ``serve`` serves it, and other servers load it."""

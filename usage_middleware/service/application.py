@@ -1,4 +1,4 @@
-"""The application that a WSGI server loads, from the same options as ``serve`` has."""
+"""The application that a WSGI server loads. It takes the options of ``serve``."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def application(options: str | None = None) -> WSGIApplication:
 
         $ gunicorn "usage_middleware.wsgi:application('--db tokens.db --upstream http://127.0.0.1:3000')"
 
-    :param options: those of ``serve`` but ``--host`` and ``--port``, as a shell takes them. Left out, the environment
-        variable ``USAGE_MIDDLEWARE_SERVE`` has them, for a server whose factories take no arguments.
-    :raises ValueError: they cannot be used, or there is no such database.
+    :param options: the options of ``serve``, except ``--host`` and ``--port``, as a shell takes them. Left out, they
+        come from the environment variable ``USAGE_MIDDLEWARE_SERVE``, for a server whose factories take no arguments.
+    :raises ValueError: the options cannot be used, or the database does not exist.
     :raises ImportError: a package that an option needs is not installed.
 
-    The database is opened by the first request, so the server may load this before it forks.
+    The first request opens the database, so the server may load this before it forks.
     """
     words = shlex.split(os.environ.get(OPTIONS_VARIABLE, "") if options is None else options)
     try:

@@ -34,10 +34,10 @@ _OF_NEW_API: Final = ("quota_per_unit", "display", "system_name")
 
 
 def build(store: Any, options: ServiceOptions, metrics: Metrics | None = None) -> WSGIApplication:
-    """Return the endpoint, in front of the meter if requests are charged, in front of what is behind both.
+    """Return the endpoint in front of the application or service. If requests are charged, the meter is in between.
 
-    :param store: what the options' database is opened as. Nothing is asked of it.
-    :param metrics: what counts requests; left out, it is made if the options ask for it.
+    :param store: the opened database. It is not used here.
+    :param metrics: counts requests; left out, one is made if the options ask for it.
     :raises ValueError: the options do not go together, or one cannot be used; the message names it.
     :raises ImportError: a package that an option needs is not installed.
     """
@@ -68,7 +68,7 @@ def build(store: Any, options: ServiceOptions, metrics: Metrics | None = None) -
 def make_metrics(store: Any) -> Metrics:
     """Return the metrics of a service, in a registry of their own.
 
-    :raises ValueError: there are none of such a store.
+    :raises ValueError: a store of this kind does not have metrics.
     :raises ImportError: the package that they need is not installed.
     """
     from ..wsgi.metrics import Metrics
@@ -81,7 +81,7 @@ def make_metrics(store: Any) -> Metrics:
 
 
 def page_path(options: ServiceOptions) -> str | None:
-    """Return where the page is. Alone, the service has nothing else to show at its root."""
+    """Return the path of the page. A service without an application shows it at its root."""
     is_alone = options.application is None and options.upstream is None
     return "/" if options.page is None and is_alone and options.path != "/" else options.page
 
@@ -89,7 +89,7 @@ def page_path(options: ServiceOptions) -> str | None:
 def _metered(
     store: Any, options: ServiceOptions, of_refusals: dict[str, Any], metrics: Metrics | None
 ) -> WSGIApplication:
-    """Return what is behind the endpoint, with the meter in front of it if requests are charged."""
+    """Return the application behind the endpoint, with the meter in front of it if requests are charged."""
     if options.upstream is not None:
         wrapped: WSGIApplication = _proxy(options.upstream, options)
     elif options.application is not None:
@@ -107,7 +107,7 @@ def _metered(
         exempt=options.exempt,
         model=requested_model if options.llm else None,
         key=llm_key if options.llm else bearer_key,
-        # The service has no use for a key of ours. An application of the same process has it either way.
+        # The service does not need the caller's key. An application in the same process has it either way.
         forward_key=options.keep_key or options.upstream is None,
         on_settled=None if metrics is None else metrics.on_settled,
         on_refused=None if metrics is None else metrics.on_refused,
@@ -125,7 +125,7 @@ def _proxy(url: str, options: ServiceOptions) -> Proxy:
 
 
 def _header(text: str) -> tuple[str, str]:
-    """Return the name and the value of a header, with what the environment has in place of ``${VARIABLE}``.
+    """Return the name and the value of a header, with ``${VARIABLE}`` replaced from the environment.
 
     No message quotes the text or the value, which may be a secret.
     """
@@ -150,7 +150,7 @@ def _cost(options: ServiceOptions) -> Cost:
             if price is not None
         }
         assert options.reserve is not None
-        # Without being asked, OpenAI-compatible services do not state what a stream has used.
+        # OpenAI-compatible services state the usage of a stream only if asked.
         return LLMUsage(most=options.reserve, ask=True, **prices)
     if options.cost_header is not None:
         assert options.reserve is not None
@@ -191,7 +191,7 @@ def _need(options: ServiceOptions, names: Iterable[str], is_met: bool, what: str
 
 
 def _given(options: ServiceOptions, names: Iterable[str]) -> dict[str, Any]:
-    """Return those of the options that were given, by their names."""
+    """Return the options that were given, by their names."""
     values = ((name, getattr(options, name)) for name in names)
     return {name: value for name, value in values if value is not None and value is not False and value != ()}
 

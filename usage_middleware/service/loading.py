@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def load_application(name: str) -> WSGIApplication:
-    """Return the WSGI application that ``module:attribute`` names, looked for in the working directory too.
+    """Import and return the WSGI application that ``module:attribute`` names. The working directory is searched too.
 
-    :raises ValueError: there is none; the message says why in one line.
+    :raises ValueError: there is no such application. The message says why in one line.
     """
     if not all(name.partition(":")[::2]):
         raise ValueError(f"{name!r} is not of the form module:attribute, such as wsgi:application")

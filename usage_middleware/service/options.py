@@ -18,7 +18,7 @@ _PATH: Final = "/api/usage/token"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceOptions:
-    """What the options say. Each field has the name that click gives its option."""
+    """The values of the options. Each field has the name that click gives its option."""
 
     application: str | None = None
     upstream: str | None = None
@@ -46,7 +46,7 @@ class ServiceOptions:
 
 
 def price(text: str) -> int | Fraction:
-    """Return the quota units for a token: ``3``, or ``150/M`` for 150 units for a million of them."""
+    """Return the quota units for a token: ``3``, or ``150/M`` for 150 units per million tokens."""
     number, separator, million = text.partition("/")
     if not (number.isascii() and number.isdigit()) or int(number) > MAX_INTEGER or (separator and million != "M"):
         raise click.BadParameter(f"{text!r} is not a price; write 3, or 150/M for each million tokens")

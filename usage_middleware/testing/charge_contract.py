@@ -1,4 +1,4 @@
-"""The contract of charges: what a host relies upon when it charges a key."""
+"""The contract of charges: what a host relies on when it charges a key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .token_store import THREADS
 
 
 class ChargeContract(QuotaStoreFixtures):
-    """Charges and reservations are taken exactly, or refused and change nothing."""
+    """Charges and reservations take exact amounts, or are refused and change nothing."""
 
     def test_a_charge_moves_quota_from_available_to_used(self, holder: Holder) -> None:
         token = holder.charge(400)
@@ -230,7 +230,7 @@ class ModelLimitContract(QuotaStoreFixtures):
         with pytest.raises(QuotaExceeded) as caught:
             holder.charge(41, model="capped")
         assert (caught.value.available, caught.value.held, caught.value.model) == (40, 50, "capped")
-        # Of the token's own quota all of them are held.
+        # All these reservations are held of the token's own quota.
         with pytest.raises(QuotaExceeded) as caught:
             holder.charge(441, model="free")
         assert (caught.value.available, caught.value.held, caught.value.model) == (440, 550, None)

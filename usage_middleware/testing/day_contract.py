@@ -1,4 +1,4 @@
-"""The contract of usage by day: exact, whatever becomes of an operation later."""
+"""The contract of usage by day: it stays exact, however an operation changes later."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class DayContract(QuotaStoreFixtures):
         reservation = holder.reserve(300, model="a")
         assert holder.days == [DayUsage(TODAY, "a", 300, 1, 0, 0)]
         clock.to(_DAY)
-        # All that becomes of it is booked on the day on which it was made.
+        # All later changes are booked on the day on which it was made.
         holder.store.settle(reservation, 450, input_tokens=10, output_tokens=20)
         holder.store.settle(reservation, 450, input_tokens=10, output_tokens=20)
         assert holder.days == [DayUsage(TODAY, "a", 450, 1, 10, 20)]
@@ -79,7 +79,7 @@ class DayContract(QuotaStoreFixtures):
         clock.to(1)
         with pytest.raises(QuotaExceeded):
             holder.charge(1001, model="a", input_tokens=5)
-        # What it has released is.
+        # The release that it made is booked.
         assert holder.days == [DayUsage(TODAY, "a", 0, 1, 0, 0)]
 
     def test_a_reservation_that_takes_less_is_booked_with_what_it_took(self, holder: Holder, clock: Clock) -> None:

@@ -1,4 +1,4 @@
-"""What the parts of the contract share: a clock, a token with its key, and arguments that must be refused."""
+"""Shared by the parts of the contract: a clock, a token with its key, and arguments that must be refused."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ class Clock:
         return self.now
 
     def to(self, seconds: float) -> None:
-        """Set it to a number of seconds after :data:`NOW`."""
+        """Set the clock to a number of seconds after :data:`NOW`."""
         self.now = NOW + seconds
 
     def on(self, moment: str) -> None:
-        """Set it to a moment in UTC, as ISO 8601 writes it."""
+        """Set the clock to a moment in UTC, in the form of ISO 8601."""
         self.now = datetime.fromisoformat(moment).replace(tzinfo=timezone.utc).timestamp()
 
 
 class Holder:
-    """One token of a store, and its key: what a test charges."""
+    """One token of a store, and its key, which a test charges."""
 
     def __init__(self, store: QuotaStore, **fields: Any) -> None:
         self.store = store
@@ -66,13 +66,13 @@ class Holder:
 
     @property
     def token(self) -> Token:
-        """The token as it is read, after a look at whether its figures agree."""
+        """Read the token, and check that its figures agree."""
         token = self.store.get(self.key)
         assert token is not None
         assert token == self.store.get_by_id(self.id)
         operations = list(self.store.history(self.id))
         days = self.days
-        # No test here prunes an operation that holds units and then asks for them by day.
+        # No test here prunes an operation that holds units and then reads usage by day.
         assert sum(day.used for day in days) == token.total_used
         assert all(min(day.used, day.requests, day.input_tokens, day.output_tokens) >= 0 for day in days)
         assert token.held == sum(operation.held for operation in operations if operation.is_open)
@@ -120,7 +120,7 @@ class Holder:
 class QuotaStoreFixtures:
     """The fixtures of every part of the contract of a :class:`~usage_middleware.QuotaStore`."""
 
-    #: Whether :meth:`reopen` finds what the store keeps, from other processes too. Not so in memory.
+    #: Whether :meth:`reopen` finds what the store keeps, also from other processes. False in memory.
     is_shared = True
 
     def make_store(self, tmp_path: Path) -> QuotaStore:
@@ -128,17 +128,17 @@ class QuotaStoreFixtures:
         raise NotImplementedError(f"{type(self).__name__} must have a method make_store(self, tmp_path)")
 
     def reopen(self, tmp_path: Path) -> QuotaStore:
-        """Return another store, over what the one of :meth:`make_store` keeps."""
+        """Return another store over the same data as the store of :meth:`make_store`."""
         return self.make_store(tmp_path)
 
     @pytest.fixture
     def clock(self, store: QuotaStore) -> Iterator[Clock]:
-        """The store's clock, set to stand still: ``store._clock`` is what ``QuotaStore`` asks for the time."""
+        """Set the store's clock to stand still: ``QuotaStore`` takes the time from ``store._clock``."""
         own, store._clock = store._clock, (clock := Clock())
         yield clock
         store._clock = own
 
     @pytest.fixture
     def holder(self, store: QuotaStore) -> Holder:
-        """A token with 1000 quota units."""
+        """Add a token with 1000 quota units."""
         return Holder(store)

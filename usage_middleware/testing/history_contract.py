@@ -1,4 +1,4 @@
-"""The contract of the past: operations, and how they are forgotten."""
+"""The contract of history: operations, and how they are pruned."""
 
 from __future__ import annotations
 
@@ -110,12 +110,12 @@ class HistoryContract(QuotaStoreFixtures):
         reservations = list(store.open_reservations())
         assert reservations == [mine[0], others[0], others[1], mine[1], mine[2], others[2]]
         assert set(reservations) <= {*holder.operations, *other.operations}
-        other.charge(1)  # releases what has lapsed
+        other.charge(1)  # releases lapsed reservations
         assert list(store.open_reservations()) == mine
 
 
 class PruneContract(QuotaStoreFixtures):
-    """What is finished and old is forgotten, and no total changes."""
+    """Old, finished operations are pruned, and no total changes."""
 
     def test_prune_forgets_what_is_finished_and_old(self, holder: Holder, clock: Clock) -> None:
         store = holder.store
@@ -136,7 +136,7 @@ class PruneContract(QuotaStoreFixtures):
         assert holder.totals == (1 + 1 + 4 + 8 + 32, 1000 - 46)
         with pytest.raises(OperationNotFound):
             store.refund(old)
-        # A time to come takes all that is finished, and no reservation that has not lapsed.
+        # With a time in the future, all finished operations are pruned, but no reservation that has not lapsed.
         assert store.count_finished(NOW + 10_000) == 3
         assert store.prune(NOW + 10_000) == 3
         assert {operation.id for operation in holder.operations} == {still_open.id, lapses_later.id}
@@ -182,7 +182,7 @@ class PruneContract(QuotaStoreFixtures):
         assert steps[0] == (20, 25)
         assert store.prune(NOW + 5) == 25
         assert steps[-1] == (0, 0)
-        # A charge waits for a page of operations, or for some of what one token holds, not for all.
+        # A charge waits for one page of operations or for some of one token's reservations, not for all.
         for (held, kept), (still_held, still_kept) in pairwise(steps):
             assert held - still_held <= 3
             assert kept - still_kept <= 2

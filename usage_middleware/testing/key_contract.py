@@ -1,4 +1,4 @@
-"""The contract of keys: how they are made, brought, found, and given up."""
+"""The contract of keys: how they are made, chosen, found, and retired."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..tokens import id_of
 from .fixtures import Holder, QuotaStoreFixtures
 from .token_store import ask
 
-# No client can send these, but a host may ask for them: a padding collation and C strings that end at NUL.
+# No client can send these, but a host may look them up. They test padding collations and C strings that end at NUL.
 _IMPOSSIBLE_KEYS = [
     pytest.param(lambda key: "", id="empty"),
     pytest.param(lambda key: key + " ", id="space at the end"),
@@ -42,7 +42,7 @@ _BAD_KEYS = [
 
 
 class KeyContract(QuotaStoreFixtures):
-    """A key is found exactly, with or without its prefix, and never returns once it was given up."""
+    """A key is found exactly, with or without its prefix, and never returns once it is retired."""
 
     @pytest.mark.parametrize("impossible", _IMPOSSIBLE_KEYS)
     def test_any_text_may_be_asked_for(self, holder: Holder, impossible: Callable[[str], str]) -> None:
@@ -83,7 +83,7 @@ class KeyContract(QuotaStoreFixtures):
 
     @pytest.mark.parametrize(("length", "hint"), [(1, ""), (23, ""), (24, "wxyz"), (48, "wxyz")])
     def test_a_short_key_has_no_hint(self, store: QuotaStore, length: int, hint: str) -> None:
-        # Who reads the database has the digest too, and could guess the rest of a short key.
+        # A person who reads the database has the digest too, and could guess the rest of a short key.
         key = ("k" * 60 + "wxyz")[-length:]
         _, token = store.create(key=key)
         assert token.hint == hint

@@ -72,7 +72,7 @@ class QuotaStoreContract(
     RecordContract,
     TokenStoreContract,
 ):
-    """What hosts and operators rely upon in a :class:`QuotaStore`. The store that is made must be empty."""
+    """What hosts and operators rely on in a :class:`QuotaStore`. The store that is made must be empty."""
 
     def known_key(self, store: QuotaStore) -> str:
         key, _ = store.create(name="Known", total_available=1000, model_limits={"gpt-4o": 500})

@@ -115,7 +115,7 @@ _BAD_RECORDS = [
 
 
 class RecordContract(QuotaStoreFixtures):
-    """Tokens move from one store to another with all that is known of them, but their operations."""
+    """Tokens move from one store to another with all that is known of them, except their operations."""
 
     # --- restore
 
@@ -123,13 +123,13 @@ class RecordContract(QuotaStoreFixtures):
     def test_a_restored_token_is_the_one_that_was(self, store: QuotaStore, token: Token) -> None:
         usage = {"a": 5, "\u6a21\u578b": 0}
         record = TokenRecord(token=token, digest=key_digest("moved-key"), model_usage=usage, days=_DAYS)
-        store.create()  # takes an id that the other store may have given
+        store.create()  # takes an id that the other store may have used
         (token_id,) = store.restore([record])
         assert token_id is not None
         expected = dataclasses.replace(token, id=token_id)
         assert store.get("moved-key") == expected
         assert store.get_by_id(token_id) == expected
-        # Equality takes 1 for True; the wire does not.
+        # 1 == True in Python, but not in the answer.
         assert [type(limit) for limit in expected.model_limits.values()] == [
             type(limit) for limit in token.model_limits.values()
         ]
@@ -171,7 +171,7 @@ class RecordContract(QuotaStoreFixtures):
         assert store.model_usage(there.id) == {}
         assert store.get("deleted") is store.get("rotated") is None
         assert ids[0] is not None
-        # Once, as it came once.
+        # Only once, as it was given once.
         assert store.model_usage(ids[0]) == {"a": 7}
 
     def test_restoring_again_changes_nothing(self, store: QuotaStore) -> None:
@@ -192,7 +192,7 @@ class RecordContract(QuotaStoreFixtures):
         assert key_digest("moved-key").hex() not in str(caught.value)
         assert list(store.records()) == []
         assert store.get("first") is None
-        # Neither is the key used up.
+        # The key is not taken either.
         assert store.restore([_record(key="first")]) != [None]
 
     def test_no_records_are_nothing(self, store: QuotaStore) -> None:

@@ -13,7 +13,7 @@ from .fixtures import BAD_AMOUNTS, Holder, QuotaStoreFixtures
 
 
 class RefundContract(QuotaStoreFixtures):
-    """What was charged is given back, once."""
+    """What was charged is returned, once."""
 
     @pytest.mark.parametrize("by_id", [False, True])
     def test_a_refund_gives_back_what_was_charged(self, holder: Holder, by_id: bool) -> None:
@@ -24,7 +24,7 @@ class RefundContract(QuotaStoreFixtures):
         assert holder.totals == (200, 800)
         assert store.refund(operation, 0).total_used == 200
         assert store.refund(operation).total_used == 0
-        # Nothing is left, so that without an amount a second refund finds nothing to give back.
+        # Nothing is left, so a second refund without an amount returns nothing.
         assert store.refund(operation).total_used == 0
         assert holder.totals == (0, 1000)
         assert store.model_usage(holder.id) in ({}, {"gpt-4o": 0})
@@ -47,7 +47,7 @@ class RefundContract(QuotaStoreFixtures):
         with pytest.raises(QuotaExceeded):
             holder.store.refund(reservation, 201)
         holder.store.refund(reservation, 150)
-        # The settle is still the same call, whatever was refunded since.
+        # Repeating the settle is still the same call, whatever was refunded since.
         holder.store.settle(reservation, 200)
         assert holder.totals == (50, 950)
 

@@ -74,7 +74,7 @@ class RenewalContract(QuotaStoreFixtures):
             next(iter(store.records())).token, total_available=100, renews_at=_seconds("2027-01-17")
         )
         assert store.get(holder.key) == store.get_by_id(holder.id) == next(store.tokens()) == expected
-        # What an operator moves is what is written.
+        # A record for another store has what is written.
         (record,) = store.records()
         assert (record.token.total_available, record.token.renews_at) == (30, _seconds("2027-01-16"))
         assert _kinds(holder) == ["charge"]
@@ -103,7 +103,7 @@ class RenewalContract(QuotaStoreFixtures):
         holder = _renewing(store)
         charge = holder.charged(10)
         reservation = holder.reserve(20, expires_in=2 * 86_400)
-        if write == "prune":  # which changes a token only if it releases something of it
+        if write == "prune":  # prune changes a token only if it releases a reservation of it
             holder.reserve(5, expires_in=1)
         clock.on("2027-01-16T08:00")
         read = holder.token
@@ -206,7 +206,7 @@ class RenewalContract(QuotaStoreFixtures):
         assert (token.renewal, token.renewal_quota, token.renews_at) == ("", 0, 0)
         clock.on("2027-01-17")
         assert holder.totals == (40, 60)
-        # It begins again with the next period, and not at once.
+        # It begins again with the next period, not at once.
         store.update(holder.id, renewal="daily", renewal_quota=100)
         assert holder.totals == (40, 60)
         clock.on("2027-01-18")
@@ -265,7 +265,7 @@ class RenewalContract(QuotaStoreFixtures):
     def test_debt_is_what_there_was_without_what_is_held(self, store: QuotaStore, clock: Clock) -> None:
         holder = _renewing(store)
         reservation = holder.reserve(60, expires_in=1e6)
-        store.settle(holder.reserve(40), 70)  # overdrawn by 30, of which 60 may come back
+        store.settle(holder.reserve(40), 70)  # overdrawn by 30, while 60 may be released
         clock.on("2027-01-16")
         assert (*holder.totals, holder.held) == (130, 40, 60)
         store.settle(reservation, 0)
@@ -292,7 +292,7 @@ class RenewalContract(QuotaStoreFixtures):
         if renewed_first:
             switch()
         store.settle(reservation, amount)
-        # Settled with unlimited quota, it leaves the new period's quota alone.
+        # A settle with unlimited quota leaves the new period's quota alone.
         assert holder.totals == (amount, 100 if not unlimited_first else 100 - amount)
         store.refund(reservation)
         assert holder.totals == (0, 100)

@@ -1,4 +1,4 @@
-"""The contract of idempotency keys: a call that is made again changes nothing."""
+"""The contract of idempotency keys: a repeated call changes nothing."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .token_store import THREADS
 
 
 class RepeatContract(QuotaStoreFixtures):
-    """A caller who lost the answer of a call makes it again, under the same idempotency key."""
+    """A caller that lost the answer repeats the call with the same idempotency key."""
 
     def test_a_repeated_charge_changes_nothing(self, holder: Holder) -> None:
         options: dict[str, Any] = {"model": "gpt-4o", "idempotency_key": "once", "input_tokens": 5, "output_tokens": 6}
         token = holder.charge(600, **options)
         assert holder.charge(600, **options) == token
-        # The answer of a charge that was made does not depend on what became of the token since.
+        # The answer to a repeated charge does not depend on later changes of the token.
         holder.store.update(holder.id, enabled=False)
         holder.charge(600, **options)
         assert holder.totals == (600, 400)

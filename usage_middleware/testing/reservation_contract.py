@@ -161,7 +161,7 @@ class ReservationContract(QuotaStoreFixtures):
 
 
 class LapseContract(QuotaStoreFixtures):
-    """A reservation whose time has passed releases what it holds, before anything is refused for lack of it."""
+    """A lapsed reservation is released before any request is refused for lack of quota."""
 
     def test_a_lapsed_reservation_is_released_before_anything_is_refused(self, holder: Holder, clock: Clock) -> None:
         holder.reserve(700, expires_in=60)
@@ -207,7 +207,7 @@ class LapseContract(QuotaStoreFixtures):
     def test_a_late_settle_still_charges(self, holder: Holder, clock: Clock, amount: int, touched: bool) -> None:
         reservation = holder.reserve(700, expires_in=60)
         clock.to(61)
-        if touched:  # and so released
+        if touched:  # which releases the lapsed reservation
             holder.charge(0)
             assert (*holder.totals, holder.held) == (0, 1000, 0)
         holder.store.settle(reservation, amount)

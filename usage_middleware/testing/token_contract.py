@@ -17,7 +17,7 @@ from .fixtures import NOW, Clock, QuotaStoreFixtures
 from .token_store import THREADS, ask
 
 _MODEL_LIMITS = {"gpt-4o": True, "gpt-4o-mini": 500_000, "none": 0, "most": MAX_INTEGER, "\u6a21\u578b": 1}
-# What create takes: of each field of a token, a value that is not its default.
+# The arguments of create: for each field of a token, a value that is not its default.
 _CREATED: dict[str, Any] = {
     "name": "caf\u00e9 \u4ee4\u724c \U0001f511 'quoted' \"\\",
     "total_available": MAX_INTEGER - 1000,
@@ -33,7 +33,7 @@ _UPDATED: dict[str, Any] = {
     "enabled": False,
     "renewal": "monthly",
 }
-# Fields that are what other calls bring about.
+# Fields that other calls set.
 _MADE = {"id", "hint", "created_at", "renews_at", "total_used", "held"}
 
 _BAD_FIELDS = [
@@ -101,7 +101,7 @@ class TokenContract(QuotaStoreFixtures):
         assert {field: getattr(token, field) for field in _CREATED} == _CREATED
         assert token.renews_at > NOW
         _check_read(store, key, token)
-        operation = store.reserve(key, 5)  # so that no field is what it is by default
+        operation = store.reserve(key, 5)  # so that no field has its default
         store.charge(key, 2, model="gpt-4o")
         expected = dataclasses.replace(token, total_used=7, held=5)
         _check_read(store, key, expected)
@@ -257,10 +257,10 @@ class TokenContract(QuotaStoreFixtures):
 
 
 def _check_read(store: QuotaStore, key: str, expected: Token) -> None:
-    """Check that every way of reading a token finds the same."""
+    """Check that every way of reading a token returns the same."""
     for read in (store.get(key), store.get_by_id(id_of(expected)), *store.tokens()):
         assert read == expected
-        # Equality takes 1 for True; the wire does not.
+        # 1 == True in Python, but not in the answer.
         assert read is not None
         assert [type(limit) for limit in read.model_limits.values()] == [
             type(limit) for limit in expected.model_limits.values()

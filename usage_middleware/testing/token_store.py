@@ -1,4 +1,4 @@
-"""The contract of what the middleware needs: a store that looks tokens up."""
+"""The contract of a store that only looks tokens up, which is all that the middleware needs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..wsgi.middleware import UsageMiddleware
 
 THREADS = 8
 
-# Each makes of a key another one that a client may send too, and a careless look-up takes for the same: LIKE, GLOB, a
-# case-blind collation, a prefix search, text pasted into SQL.
+# Each returns another key that a client may also send, and that a careless look-up treats as the same: LIKE, GLOB, a
+# collation that ignores case, a prefix search, text pasted into SQL.
 _NEAR_MISSES = [
     pytest.param(str.swapcase, id="other case"),
     pytest.param(lambda key: key[:-1] + ("a" if key[-1] != "a" else "b"), id="another last character"),
@@ -31,17 +31,17 @@ _NEAR_MISSES = [
 
 
 class TokenStoreContract:
-    """What the middleware relies upon: ``get`` finds exactly the key, answers ``None`` for others, changes nothing."""
+    """What the middleware relies on: ``get`` finds exactly the key, returns ``None`` for others, changes nothing."""
 
     #: A key that the store holds, as stores see keys: without ``sk-``. Its token is enabled.
     key: str
 
     def make_store(self, tmp_path: Path) -> TokenStore:
-        """Returns the store to test."""
+        """Return the store to test."""
         raise NotImplementedError(f"{type(self).__name__} must have a method make_store(self, tmp_path)")
 
     def known_key(self, store: Any) -> str:
-        """Returns a key that ``store`` holds."""
+        """Return a key that ``store`` holds."""
         return self.key
 
     @pytest.fixture
@@ -97,7 +97,7 @@ class TokenStoreContract:
 
 
 def ask(store: TokenStore, key: str) -> tuple[str, Any]:
-    """Asks the endpoint over ``store`` for ``key``; returns the status line and the decoded body."""
+    """Ask the endpoint over ``store`` for ``key``. Return the status line and the decoded body."""
     answered: list[Any] = []
     middleware = UsageMiddleware(lambda environ, start_response: [], store)
     environ = {
