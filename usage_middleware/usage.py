@@ -11,7 +11,7 @@ class DayUsage(NamedTuple):
     """What one token used on one UTC day with one model.
 
     An operation is booked on the day on which it was made, and so is every change of it: what a settle adds, and what
-    a refund or the end of a reservation gives back. So ``used`` is never negative.
+    a refund or a lapsed reservation returns. So ``used`` is never negative.
     """
 
     day: date
