@@ -49,6 +49,7 @@ ENTRY = [field.name for field in dataclasses.fields(Operation) if field.name not
 
 # Mostly small, so that limits are met often; sometimes at the end of what a column holds.
 AMOUNTS = st.sampled_from([*range(6)] * 6 + [-1, MOST - 5, MOST - 1, MOST, MOST + 1])
+FINAL_AMOUNTS = st.sampled_from([*range(6), *range(10, 60, 10)] * 6 + [-1, MOST - 5, MOST])  # more than there is
 GRANTS = st.sampled_from([*range(-6, 7)] * 3 + [-MOST - 1, -MOST, 5 - MOST, MOST - 5, MOST, MOST + 1])
 AVAILABLE = st.sampled_from([*range(13)] * 3 + [MOST - 5, MOST])
 AT_LEAST = st.sampled_from([None] * 4 + [0, 0, 1, 3, 5, -1])
@@ -61,9 +62,27 @@ KEYS = st.sampled_from([None, None, "a-key", "another-key"])
 SECONDS = st.sampled_from([0.5, 0.5, 10, 10, 60, 600, 2 * A_DAY])
 PAUSES = st.sampled_from([0, 0, 0.5, 10, 60, A_DAY])
 AGES = st.sampled_from([600, 60, 60, 10, 10, 0.5, 0, -60])
-JUMPS = st.sampled_from([0.5, 10, 60, 60, 600, A_DAY, A_DAY, 40 * A_DAY, 800 * A_DAY, -0.5, -60, -A_DAY, -40 * A_DAY])
+JUMPS = st.sampled_from(
+    [
+        0.5,
+        10,
+        60,
+        60,
+        60,
+        600,
+        *[A_DAY] * 4,
+        3 * A_DAY,
+        8 * A_DAY,
+        40 * A_DAY,
+        800 * A_DAY,
+        -0.5,
+        -60,
+        -A_DAY,
+        -40 * A_DAY,
+    ]
+)
 RENEWALS = st.sampled_from(
-    [("", 0)] * 4 + [("daily", 6), ("daily", 9), ("weekly", 3), ("monthly", 8), ("monthly", MOST)]
+    [("", 0)] * 3 + [("daily", 6), ("daily", 9), ("daily", 12), ("weekly", 3), ("monthly", 8), ("monthly", MOST)]
 )
 FIELDS = {
     "unlimited_quota": st.sampled_from([False, False, True]),
@@ -207,7 +226,7 @@ class Machine(RuleBasedStateMachine):
         self.call("reserve", {"key": self.keys[token_id], **arguments})
 
     @once_begun
-    @rule(operation=OPEN, amount=AMOUNTS, input_tokens=FIGURES, output_tokens=FIGURES)
+    @rule(operation=OPEN, amount=FINAL_AMOUNTS, input_tokens=FIGURES, output_tokens=FIGURES)
     def settle(self, **arguments):
         self.call("settle", arguments)
 

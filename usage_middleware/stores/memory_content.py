@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 from ..accounts import Account, Changes, Lookup
+from ..errors import StoreError
 from ..operations import Operation
 from ..tokens import Token, TokenRecord, id_of
 from ..usage import DayUsage, add_up
@@ -190,6 +191,8 @@ class Content:
         return len(finished)
 
     def _insert_operation(self, operation: Operation) -> None:
+        if operation.id in self._operations:
+            raise StoreError(f"operation {operation.id} is made already")
         self._last_number += 1
         self._append(self._of_token.setdefault(operation.token_id, []), operation.id)
         if operation.idempotency_key is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from ..checks import MAX_INTEGER
 from ..errors import OperationNotFound
+from ..operations import Operation
 from ..stores import history
 from ..stores.base import QuotaStore
 from ..stores.transaction import Transaction
@@ -51,6 +53,24 @@ class HistoryContract(QuotaStoreFixtures):
             assert store.operation(operation.id) == operation
             with pytest.raises(AttributeError):
                 operation.held = 1  # type: ignore[misc]
+
+    def test_every_field_of_an_operation_is_kept(self, store: QuotaStore, clock: Clock) -> None:
+        holder = Holder(store, unlimited_quota=True)
+        options: dict[str, Any] = {"model": "gpt-4o", "idempotency_key": "all"}
+        reservation = holder.reserve(9, at_least=3, expires_in=0.5, **options)
+        store.settle(reservation, 7, input_tokens=5, output_tokens=6)
+        store.refund(reservation, 1)
+        operations = holder.operations
+        # Each field that there is has a value that is not its default, in one of them.
+        blank = Operation(id="", token_id=0, kind="charge", amount=None)
+        fields = {field.name for field in dataclasses.fields(Operation) if field.name != "replayed"}
+        told = {name for name in fields if any(getattr(one, name) != getattr(blank, name) for one in operations)}
+        assert told == fields
+        for operation in operations:
+            assert store.operation(operation.id) == operation
+        assert (operations[0].at_least, operations[0].expires_in, operations[0].expires_at) == (3, 0.5, NOW + 0.5)
+        assert (operations[0].input_tokens, operations[0].output_tokens, operations[0].held) == (5, 6, 6)
+        assert operations[0].unlimited is True
 
     def test_history_from_one_time_until_another(self, holder: Holder, clock: Clock) -> None:
         for second in range(5):

@@ -14,15 +14,18 @@ from ..tokens import Token, TokenRecord
 from .charge_contract import ChargeContract, ModelLimitContract
 from .day_contract import DayContract
 from .fixtures import TODAY, Holder
+from .held_contract import HeldContract
 from .history_contract import HistoryContract, PruneContract
 from .key_contract import KeyContract
+from .lapse_contract import LapseContract
 from .record_contract import RecordContract
 from .refund_contract import GrantContract, RefundContract
 from .renewal_contract import RenewalContract
 from .repeat_contract import RepeatContract
-from .reservation_contract import LapseContract, ReservationContract
+from .reservation_contract import ReservationContract
 from .token_contract import TokenContract
 from .token_store import TokenStoreContract
+from .transaction_contract import TransactionContract
 
 _USES: dict[str, Callable[[Holder], Any]] = {
     "get": lambda holder: holder.store.get(holder.key),
@@ -67,6 +70,8 @@ class QuotaStoreContract(
     GrantContract,
     DayContract,
     RenewalContract,
+    HeldContract,
+    TransactionContract,
     HistoryContract,
     PruneContract,
     RecordContract,

@@ -18,7 +18,7 @@ from usage_middleware import (
 )
 
 MOST = 2**63 - 1
-START = 1_800_000_000  # 15 January 2027, 8:00 UTC
+START = 1_801_439_940  # 31 January 2027, a Sunday, a minute before midnight in UTC
 
 _REQUESTS = ("charge", "reserve")
 _BLANK = {
