@@ -63,10 +63,10 @@ def test_an_error_that_would_come_again_is_told_at_once(database, store):
     assert store.get_by_id(token.id) == token
 
 
-def insert_operation(operation_id, token_id):
+def insert_operation(name, token_id):
     return text(
-        "INSERT INTO usage_operations (id, token_id, kind, amount, held, unlimited, final_amount, created_at,"
-        f" changed_at) VALUES ('{operation_id}', {token_id}, 'charge', 0, 0, false, 0, 0, 0)"
+        "INSERT INTO usage_operations (id, token_id, kind, amount, idempotency_key, held, unlimited, final_amount,"
+        f" created_at, changed_at) VALUES ('{name}', {token_id}, 'charge', 0, '{name}', 0, false, 0, 0, 0)"
     )
 
 

@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import date
 
 import pytest
 from holders import create
@@ -19,16 +20,13 @@ from usage_middleware import (
 )
 
 
-def test_two_tokens_and_one_operation_id(database, store):
+def test_two_tokens_and_one_idempotency_key(database, store):
     (key, token), (other_key, other) = create(store), create(store)
-    with (
-        hooked_store(
-            database, "INSERT INTO usage_operations", lambda: store.charge(other_key, 1, idempotency_key="x")
-        ) as racing,
-        pytest.raises(OperationConflict),
-    ):
+    with hooked_store(
+        database, "INSERT INTO usage_operations", lambda: store.charge(other_key, 2, idempotency_key="x")
+    ) as racing:
         racing.charge(key, 1, idempotency_key="x")
-    assert (store.get_by_id(token.id).total_used, store.get_by_id(other.id).total_used) == (0, 1)
+    assert (store.get_by_id(token.id).total_used, store.get_by_id(other.id).total_used) == (1, 2)
 
 
 def refused(says):
@@ -91,12 +89,23 @@ def test_a_key_that_is_brought_while_it_goes(database, store, give_up, beginning
     [
         pytest.param(lambda s, k, i: s.charge(k, 1), lambda s, i: s.rotate(i), TokenNotFound, id="rotated"),
         pytest.param(lambda s, k, i: s.charge(k, 1), lambda s, i: s.delete(i), TokenNotFound, id="deleted"),
-        pytest.param(lambda s, k, i: s.settle("r", 1), lambda s, i: s.delete(i), TokenNotFound, id="settled, deleted"),
         pytest.param(
-            lambda s, k, i: s.settle("r", 1), lambda s, i: s.settle("r", 2), OperationConflict, id="settled twice"
+            lambda s, k, i: s.settle(s.find_operation(k, "r"), 1),
+            lambda s, i: s.delete(i),
+            TokenNotFound,
+            id="settled, deleted",
         ),
         pytest.param(
-            lambda s, k, i: s.refund("c"), lambda s, i: s.prune(2**40), OperationNotFound, id="refunded, pruned"
+            lambda s, k, i: s.settle(s.find_operation(k, "r"), 1),
+            lambda s, i: s.settle(next(s.open_reservations()), 2),
+            OperationConflict,
+            id="settled twice",
+        ),
+        pytest.param(
+            lambda s, k, i: s.refund(s.find_operation(k, "c")),
+            lambda s, i: s.prune(2**40),
+            OperationNotFound,
+            id="refunded, pruned",
         ),
     ],
 )
@@ -144,11 +153,12 @@ def test_prune_races_with_all_else(database, store, full):
         for turn in range(rounds):
             name = f"{number}/{turn}"
             store.charge(key, 5, model="a", idempotency_key=name)
+            charge = store.find_operation(key, name)
             with suppress(OperationNotFound):
-                store.refund(name, 2)
-            store.reserve(key, 7, model="b", idempotency_key=f"{name}/r", expires_in=0.001 if turn % 2 else 600)
+                store.refund(charge or "pruned", 2)
+            reservation = store.reserve(key, 7, model="b", expires_in=0.001 if turn % 2 else 600)
             with suppress(OperationNotFound):
-                store.settle(f"{name}/r", 3)
+                store.settle(reservation, 3)
 
     def prune():
         forgotten = 0
@@ -169,6 +179,8 @@ def test_prune_races_with_all_else(database, store, full):
         assert token.total_granted == 10**9
         # What was pruned counts on, so that the models say the same as the total.
         assert sum(store.model_usage(token.id).values()) == token.total_used
+        assert sum(day.used for day in store.usage_by_day(token.id, date.min, date.max)) == token.total_used
+        assert token.held == sum(operation.held for operation in store.history(token.id) if operation.is_open)
     store.prune(time.time() + 1)
     left = [operation for _, token in tokens for operation in store.history(token.id)]
     assert all(operation.is_open and operation.held for operation in left)
