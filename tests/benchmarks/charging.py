@@ -38,7 +38,7 @@ def durable_charge(rounds: int) -> Iterator[Table]:
                     rounds=rounds,
                 )
                 yield compare(
-                    "The same with a model and an operation id",
+                    "The same with a model and an idempotency key",
                     _charge("by hand", _full_by_hand(connection, by_hand_key)),
                     _charge(
                         "SQLiteTokenStore.charge",
@@ -104,8 +104,14 @@ _TOKEN = "SELECT id, total_used, total_available FROM tokens WHERE digest = ?"
 _LAPSED = "SELECT id, held FROM operations WHERE final_amount IS NULL AND held > 0 AND token_id = ? AND expires_at <= ?"
 _UPDATE = "UPDATE tokens SET total_used = ?, total_available = ? WHERE id = ?"
 _INSERT = (
-    "INSERT INTO operations (id, token_id, kind, amount, model, held, unlimited, final_amount, created_at, changed_at)"
-    " VALUES (?, ?, 'charge', 1, ?, 1, 0, 1, ?, ?)"
+    "INSERT INTO operations"
+    " (id, token_id, kind, amount, idempotency_key, model, held, unlimited, final_amount, created_at, changed_at)"
+    " VALUES (?, ?, 'charge', 1, ?, ?, 1, 0, 1, ?, ?)"
+)
+_ADD_DAY = (
+    "INSERT INTO usage_by_day (token_id, day, model, used, requests, input_tokens, output_tokens)"
+    " VALUES (?, ?, ?, 1, 1, 0, 0)"
+    " ON CONFLICT (token_id, day, model) DO UPDATE SET used = used + 1, requests = requests + 1"
 )
 
 
@@ -118,7 +124,8 @@ def _plain_by_hand(connection: sqlite3.Connection, key: str) -> Callable[[str], 
         token_id, used, available = execute(_TOKEN, (hashlib.sha256(key.encode()).digest(),)).fetchone()
         execute(_LAPSED, (token_id, now)).fetchall()
         execute(_UPDATE, (used + 1, available - 1, token_id))
-        execute(_INSERT, (operation_id, token_id, None, now, now))
+        execute(_INSERT, (operation_id, token_id, None, None, now, now))
+        execute(_ADD_DAY, (token_id, time.strftime("%Y-%m-%d", time.gmtime(now)), ""))
         execute("COMMIT")
 
     return charge
@@ -131,7 +138,10 @@ def _full_by_hand(connection: sqlite3.Connection, key: str) -> Callable[[str], N
         now = time.time()
         execute("BEGIN IMMEDIATE")
         token_id, used, available = execute(_TOKEN, (hashlib.sha256(key.encode()).digest(),)).fetchone()
-        execute("SELECT kind, amount, model FROM operations WHERE id = ?", (operation_id,)).fetchone()
+        execute(
+            "SELECT kind, amount, model FROM operations WHERE token_id = ? AND idempotency_key = ?",
+            (token_id, operation_id),
+        ).fetchone()
         execute(_LAPSED, (token_id, now)).fetchall()
         execute("SELECT used FROM model_usage WHERE token_id = ? AND model = ?", (token_id, _MODEL)).fetchone()
         execute(_UPDATE, (used + 1, available - 1, token_id))
@@ -140,7 +150,8 @@ def _full_by_hand(connection: sqlite3.Connection, key: str) -> Callable[[str], N
             " ON CONFLICT (token_id, model) DO UPDATE SET used = used + 1",
             (token_id, _MODEL),
         )
-        execute(_INSERT, (operation_id, token_id, _MODEL, now, now))
+        execute(_INSERT, (_new_id(), token_id, operation_id, _MODEL, now, now))
+        execute(_ADD_DAY, (token_id, time.strftime("%Y-%m-%d", time.gmtime(now)), _MODEL))
         execute("COMMIT")
 
     return charge

@@ -84,7 +84,7 @@ def _pass_through(options: Options) -> Iterator[Result]:
         contenders.append(contender("UsageMiddleware", UsageMiddleware(_wrapped, {})))
     else:
         contenders.insert(0, contender("WhiteNoise, no files", WhiteNoise(_wrapped)))
-        contenders.insert(1, contender("UsageMiddleware", UsageMiddleware(_wrapped, {}), budget=0.5))
+        contenders.insert(1, contender("UsageMiddleware", UsageMiddleware(_wrapped, {}), budget=0.4))
     yield compare(
         "A request for another path: what is added to a call of the wrapped application",
         *contenders,
@@ -103,7 +103,7 @@ def _usage(options: Options) -> Iterator[Result]:
         yield compare(
             "A usage request, against the same by hand",
             by_hand(answer, make_key),
-            usage_request(OURS.name, ours, make_key, budget=1.5),
+            usage_request(OURS.name, ours, make_key, budget=1.3),
             rounds=options.rounds,
         )
         flask_views, lines = present((FLASK, BARE_FLASK))
