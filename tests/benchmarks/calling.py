@@ -76,7 +76,7 @@ if hasattr(body, "close"):
 
 
 def environ(path: str, authorization: str = "") -> dict[str, Any]:
-    # Servers decode a path from what they received. So it is a new object, whose hash nobody has computed yet.
+    # Servers decode a path from what they received. So it is a new object, whose hash is not computed yet.
     return _ENVIRON | {"PATH_INFO": path.encode().decode("latin-1"), "HTTP_AUTHORIZATION": authorization}
 
 
@@ -89,7 +89,7 @@ def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = 
 
 
 def answer_of(app: Any, environ: dict[str, Any]) -> bytes:
-    """The whole body that a WSGI application answers with."""
+    """Return the whole body that a WSGI application answers with."""
     body = app(environ, start_response)
     try:
         return b"".join(body)
@@ -103,7 +103,7 @@ def by_hand(answer: Callable[[str], str], make_key: Callable[[], str], name: str
 
 
 def usage_request(name: str, app: Any, make_key: Callable[[], str], **settings: Any) -> Contender:
-    """A usage request that a WSGI application answers."""
+    """Return a usage request that a WSGI application answers."""
 
     def make_environ() -> dict[str, Any]:
         return usage_environ(make_key())
@@ -112,7 +112,8 @@ def usage_request(name: str, app: Any, make_key: Callable[[], str], **settings: 
 
 
 def asgi_usage_request(name: str, app: Any, run: Any, make_key: Callable[[], str], **settings: Any) -> Contender:
-    """A usage request that an ASGI application answers. One task awaits all of a turn: the loop's start is no cost."""
+    """Return a usage request that an ASGI application answers. One task awaits all of a turn, so starting the loop
+    costs no cost."""
 
     def make_scope() -> dict[str, Any]:
         return _scope(make_key())
@@ -128,7 +129,7 @@ def asgi_usage_request(name: str, app: Any, run: Any, make_key: Callable[[], str
 
 
 def check_same_answer(answer: Callable[[str], str], app: Any, run: Callable[[Any], Any] | None = None) -> None:
-    """Ends the measurement where an application answers anything else than what it is compared with.
+    """End the measurement if an application's answer differs from the one that it is compared with.
 
     :param run: what runs a coroutine to its end, if it is an ASGI application.
     """

@@ -23,7 +23,7 @@ _MODEL = "gpt-4o"
 
 
 def durable_charge(rounds: int) -> Iterator[Table]:
-    """A charge that is on the disk when it returns, against its statements by hand in one transaction."""
+    """Yield a charge that is on the disk when it returns, against its statements by hand in one transaction."""
     with tempfile.TemporaryDirectory(prefix="usage-middleware-") as directory:
         ours, theirs = Path(directory, "ours.db"), Path(directory, "theirs.db")
         with SQLiteTokenStore(ours) as store, SQLiteTokenStore(theirs) as schema:
@@ -50,7 +50,7 @@ def durable_charge(rounds: int) -> Iterator[Table]:
 
 
 def slowest_charge(writers: int, charges: int) -> Iterator[Table]:
-    """The longest that one of many processes waits, all of which charge one token as fast as they can."""
+    """Yield the longest wait of one of many processes, all of which charge one token as fast as they can."""
     fork = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="usage-middleware-") as directory:
         path = Path(directory, "tokens.db")

@@ -49,8 +49,8 @@ class Contender:
         self.name = name
         self.budget = budget
         self._calls = calls
-        # timeit compiles the loop for each contender anew. That matters: since Python 3.11 the code of a call is
-        # specialised for what it calls, and a loop that calls now this, now that would be slow for all of them.
+        # timeit compiles the loop for each contender separately. That matters: since Python 3.11 the code of a call is
+        # specialised for what it calls, and a loop that calls several contenders would be slow for all of them.
         # It also keeps the garbage collector from running meanwhile.
         self._timer = timeit.Timer(
             "for item in items:\n" + indent(statement, "    ") if each else statement,
@@ -60,7 +60,7 @@ class Contender:
         )
 
     def turn(self) -> float:
-        """The seconds that a call took, on the average of one turn."""
+        """Return the seconds that a call took, on the average of one turn."""
         return self._timer.timeit(1) / self._calls
 
 
@@ -118,7 +118,7 @@ def compare(
     rounds: int,
     baseline: Contender | None = None,
 ) -> Table:
-    """Measures ``others`` against ``reference``.
+    """Measure ``others`` against ``reference``.
 
     :param baseline: what all of them do besides the thing that is measured. Its cost is taken off theirs.
     """
@@ -131,7 +131,7 @@ def compare(
 
 
 def measure(contenders: Sequence[Contender], *, rounds: int) -> dict[Contender, list[float]]:
-    """The seconds of a call of each, round by round."""
+    """Return the seconds of a call of each, round by round."""
     _round(contenders, turns=_WARM_UP)
     measured = [_round(contenders, turns=_TURNS) for _ in range(rounds)]
     return {contender: [seconds[contender] for seconds in measured] for contender in contenders}
@@ -144,7 +144,7 @@ def table_of(
     unit: str = "seconds per call",
     latencies: Sequence[Sequence[float]] | None = None,
 ) -> Table:
-    """A table of names, what was measured of each in every round, and budgets. The first is the reference."""
+    """Return a table of names, what was measured of each in every round, and budgets. The first is the reference."""
     _, reference, _ = measured[0]
     rows = []
     for number, (name, values, budget) in enumerate(measured):
@@ -166,6 +166,6 @@ _Item = TypeVar("_Item")
 
 
 def in_turn(items: Sequence[_Item], number: int) -> Sequence[_Item]:
-    """The items in the order of a round: each time another goes first."""
+    """Return the items in the order of a round: each time another goes first."""
     first = number % len(items)
     return (*items[first:], *items[:first])

@@ -81,7 +81,7 @@ def pages_of_a_log(operations: int, rounds: int) -> Iterator[Result]:
 
 @contextmanager
 def _store() -> Iterator[tuple[SQLiteTokenStore, Path, str]]:
-    """A temporary store with one token: its path, and the key."""
+    """Yield a temporary store with one token: its path, and the key."""
     with tempfile.TemporaryDirectory(prefix="usage-middleware-") as directory:
         path = Path(directory, "tokens.db")
         with SQLiteTokenStore(path) as store:

@@ -31,7 +31,7 @@ _INSERT = """
 
 
 def import_of_a_file(count: int) -> Iterator[Table]:
-    """An import into a new database, with the same transactions and the same ``synchronous`` as by hand.
+    """Yield an import into a new database, with the same transactions and the same ``synchronous`` as by hand.
 
     It is measured once, as processor time: it waits for the disk only where a transaction ends, after 10,000 tokens.
     """
@@ -49,7 +49,7 @@ def import_of_a_file(count: int) -> Iterator[Table]:
 
 
 def _timed(directory: str, fill: Callable[..., None], *args: Any) -> float:
-    """The seconds of processor time that it takes to fill a new database."""
+    """Return the seconds of processor time that it takes to fill a new database."""
     with tempfile.TemporaryDirectory(dir=directory) as place:
         database = Path(place, "tokens.db")
         with SQLiteTokenStore(database) as store:

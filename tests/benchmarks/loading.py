@@ -43,7 +43,7 @@ class Running(NamedTuple):
 def running(
     name: str, command: Callable[[int], Sequence[str]], environment: Mapping[str, str] | None = None
 ) -> Iterator[Running]:
-    """Runs a server until the end.
+    """Run a server until the end.
 
     :param name: what to call it where it does not start.
     :param command: from the port on which it has to listen to the command that starts it.
@@ -78,7 +78,7 @@ def running(
 
 
 def gunicorn(port: int, application: str, *, workers: int, threads: int) -> list[str]:
-    """The command that starts gunicorn with an application that is in a module of this folder."""
+    """Return the command that starts gunicorn with an application that is in a module of this folder."""
     options = ["--no-control-socket", "--worker-class", "gthread", "--workers", str(workers), "--threads", str(threads)]
     address = ["--bind", f"127.0.0.1:{port}", "--log-level", "warning"]
     return [sys.executable, "-m", "gunicorn", *options, *address, application]
@@ -93,7 +93,7 @@ def _accepts(port: int) -> bool:
 
 
 def ask(server: Running, connections: int, script: Path, *arguments: Path, path: str = "") -> Load:
-    """What comes of asking a server for a while."""
+    """Return what comes of asking a server for a while."""
     options = ["--threads", "1", "--connections", str(connections), "--duration", f"{_SECONDS}s", "--timeout", "30s"]
     command = ["wrk", *options, "--script", script, f"http://127.0.0.1:{server.port}{path}", "--", *arguments]
     processor_time = _processor_time(server.process_id)
@@ -107,7 +107,7 @@ def ask(server: Running, connections: int, script: Path, *arguments: Path, path:
 
 
 def _processor_time(session: int) -> float:
-    """The seconds that the processes of a session have run, where the system tells it (proc_pid_stat(5))."""
+    """Return the seconds that the processes of a session have run, where the system tells it (proc_pid_stat(5))."""
     ticks = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended

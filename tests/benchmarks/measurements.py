@@ -59,7 +59,7 @@ class Options:
 
 
 def _pass_through(options: Options) -> Iterator[Result]:
-    """What a middleware adds to a call of the application that it wraps."""
+    """Yield what a middleware adds to a call of the application that it wraps."""
     paths = itertools.cycle(_OTHER_PATHS)
 
     def contender(name: str, app: Any, *, budget: float | None = None) -> Contender:
@@ -94,7 +94,7 @@ def _pass_through(options: Options) -> Iterator[Result]:
 
 
 def _usage(options: Options) -> Iterator[Result]:
-    """A whole usage request, against nothing but the work that it cannot do without, and against frameworks."""
+    """Yield a whole usage request, against nothing but the work that it cannot do without, and against frameworks."""
     make_key = random_keys(options.tokens)
     with filled_database(options.tokens) as path, ExitStack() as stack:
         answer = hand_written(stack.enter_context(closing(sqlite3.connect(path, isolation_level=None))))
@@ -144,7 +144,7 @@ def _frameworks(path: Path, answer: Callable[[str], str], make_key: Callable[[],
 
 
 def _usage_in_memory(options: Options) -> Iterator[Result]:
-    """The same with the stores that are no database. No budget: it tells what the database's part is."""
+    """Yield the same with stores that are not databases. There is no budget: this shows the database's share."""
     count = min(options.tokens, _MOST_IN_MEMORY)
     make_key = random_keys(count)
     with (

@@ -23,7 +23,7 @@ _REQUEST = json.dumps({"model": "gpt-4o", "stream": True, "messages": []}).encod
 
 
 def metered_request(rounds: int) -> Iterator[Table]:
-    """A request whose cost is reserved and settled, by the meter and by the application itself."""
+    """Yield a request whose cost is reserved and settled, by the meter and by the application itself."""
     title = "A metered request, against the same application with reserve and settle called by hand"
     with tempfile.TemporaryDirectory(prefix="usage-middleware-") as directory:
         with SQLiteTokenStore(Path(directory, "durable.db")) as store:
@@ -35,7 +35,7 @@ def metered_request(rounds: int) -> Iterator[Table]:
 
 
 def metered_events(rounds: int) -> Iterator[Table]:
-    """The meter's own time for an event: what a stream takes with it, less what the same stream takes without."""
+    """Yield the meter's own time for an event: what a stream takes with it, less what the same stream takes without."""
     with MemoryTokenStore() as store:
         rows = [("5 microseconds", [_BUDGET_OF_AN_EVENT] * rounds, None)]
         for name, chunks, cost in _streams():

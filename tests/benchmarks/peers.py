@@ -68,13 +68,13 @@ class Peer:
 
 
 def present(peers: tuple[Peer, ...]) -> tuple[list[Peer], list[str]]:
-    """The peers that are installed, and a line for each that is not."""
+    """Return the peers that are installed, and a line for each that is not."""
     lines = [f"{peer.name}: left out, {' and '.join(peer.missing)} is not installed" for peer in peers if peer.missing]
     return [peer for peer in peers if not peer.missing], lines
 
 
 def hand_written(connection: sqlite3.Connection) -> Callable[[str], str]:
-    """The work that a usage request cannot do without: one look-up by digest, one ``json.dumps``."""
+    """Return the work that a usage request cannot do without: one look-up by digest, one ``json.dumps``."""
 
     def answer(key: str) -> str:
         return json.dumps(_answer(*connection.execute(_SELECT, (_digest(key),)).fetchone()))
@@ -84,7 +84,7 @@ def hand_written(connection: sqlite3.Connection) -> Callable[[str], str]:
 
 @contextmanager
 def hand_written_by_thread(path: Path) -> Iterator[Callable[[str], str]]:
-    """The same for threads: each has a connection of its own, as SQLite's documentation advises."""
+    """Yield the same for threads: each has a connection of its own, as SQLite's documentation advises."""
     local = threading.local()
     with ExitStack() as stack:
 
@@ -201,7 +201,7 @@ def _flask_app(answer: Callable[[str], str], headers: dict[str, str]) -> Any:
 
 @contextmanager
 def _mapped(path: Path) -> Iterator[tuple[Any, Any]]:
-    """An engine, and the tokens table as a class of SQLAlchemy's ORM."""
+    """Yield an engine, and the tokens table as a class of SQLAlchemy's ORM."""
     from sqlalchemy import BigInteger, Integer, LargeBinary, Text, create_engine
     from sqlalchemy.orm import DeclarativeBase, mapped_column
 
@@ -276,7 +276,7 @@ urlpatterns: list[Any] = []  # Django looks for this name in the module
 
 @contextmanager
 def fastapi_threads(path: Path) -> Iterator[Any]:
-    """A ``def`` view, which FastAPI runs in a thread: what its documentation shows for SQL databases."""
+    """Yield a ``def`` view, which FastAPI runs in a thread: what its documentation shows for SQL databases."""
     from fastapi import Request
     from sqlalchemy import select
     from sqlalchemy.orm import Session
@@ -295,7 +295,7 @@ def fastapi_threads(path: Path) -> Iterator[Any]:
 
 @contextmanager
 def fastapi_loop(path: Path) -> Iterator[Any]:
-    """An ``async def`` view that keeps the loop waiting for its short query: no thread, and the faster for it."""
+    """Yield an ``async def`` view that keeps the loop waiting for its short query: no thread, and the faster for it."""
     from fastapi import Request
     from sqlalchemy import select
     from sqlalchemy.orm import Session
@@ -339,7 +339,7 @@ _ALL = (OURS, BARE_WSGI, FLASK, BARE_FLASK, FLASK_SQLALCHEMY, DJANGO, FASTAPI, F
 
 
 def application() -> Any:
-    """The application of a server that runs in a process of its own."""
+    """Return the application of a server that runs in a process of its own."""
     (peer,) = (peer for peer in _ALL if peer.name == os.environ["PEER"])
     return _open_until_exit.enter_context(peer.make(Path(os.environ["TOKENS_DATABASE"])))
 

@@ -8,7 +8,7 @@ from comparing import Chart
 
 
 def draw(chart: Chart, directory: Path) -> Path:
-    """Writes a chart, and returns the file."""
+    """Write a chart, and return its file."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 

@@ -59,7 +59,7 @@ async def _serve(port: int) -> None:
 
 
 def application() -> Any:
-    """Forwards to the service, or stands for it: what a WSGI server costs without any proxy."""
+    """Forward to the service, or stand in for it, to measure what a WSGI server costs without a proxy."""
     name, url = os.environ["PROXY"], os.environ["UPSTREAM"]
     if name == "Proxy":
         from usage_middleware import Proxy

@@ -29,7 +29,7 @@ _IN_MEMORY = 10_000  # tokens
 
 
 def by_number_of_tokens(most: int, rounds: int) -> Iterator[Result]:
-    """A usage request with 1,000 tokens, ten times as many, and so on."""
+    """Yield a usage request with 1,000 tokens, ten times as many, and so on."""
     counts = [_FEWEST_TOKENS]
     while counts[-1] < most:
         counts.append(min(counts[-1] * 10, most))
@@ -98,7 +98,7 @@ class Load:
 
 
 def by_number_of_threads(tokens: int, most: int, rounds: int) -> Iterator[Result]:
-    """A usage request that 1, 2, 4, ... threads of one process ask for at once, as fast as they can."""
+    """Yield a usage request that 1, 2, 4, ... threads of one process ask for at once, as fast as they can."""
     numbers = [1]
     while numbers[-1] < most:
         numbers.append(min(numbers[-1] * 2, most))
@@ -162,12 +162,12 @@ def load_table(title: str, loads: dict[str, list[Load]]) -> Table:
 
 
 def processor_time_table(title: str, loads: dict[str, list[Load]]) -> Table:
-    """What a request costs, which tells more than the clock on a machine that does something else besides."""
+    """Return what a request costs, which tells more than the clock on a machine that does something else besides."""
     return table_of(title, [(name, [load.processor_time for load in taken], None) for name, taken in loads.items()])
 
 
 def _ask_at_once(app: Any, keys: Sequence[str], threads: int) -> Load:
-    """Has that many threads ask, each one request after the other."""
+    """Let that many threads ask, each one request after the other."""
     latencies: list[list[float]] = [[] for _ in range(threads)]
     environs = [usage_environ(key) for key in keys]
     clocks: list[float] = []

@@ -82,7 +82,7 @@ def over_http(servers: Sequence[str], tokens: int, most_connections: int, rounds
 
 
 def _served(server: str, peer: Peer, path: Path, workers: int, threads: int) -> AbstractContextManager[Running]:
-    """Runs a server with a peer's application."""
+    """Run a server with a peer's application."""
 
     def command(port: int) -> list[str]:
         if server == "granian":

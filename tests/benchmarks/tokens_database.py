@@ -24,7 +24,7 @@ _INSERT = """
 
 @contextmanager
 def filled_database(count: int) -> Iterator[Path]:
-    """A temporary database with the tokens of the first ``count`` keys."""
+    """Yield a temporary database with the tokens of the first ``count`` keys."""
     with tempfile.TemporaryDirectory(prefix="usage-middleware-") as directory:
         path = Path(directory, "tokens.db")
         with SQLiteTokenStore(path) as store:
@@ -45,12 +45,12 @@ def filled_database(count: int) -> Iterator[Path]:
 
 
 def key(number: int) -> str:
-    """A key of 48 characters, without the prefix. Computed, so that ten million of them need no memory."""
+    """Return a key of 48 characters, without the prefix. Computed, so that ten million of them need no memory."""
     return hashlib.sha384(b"%d" % number).hexdigest()[:48]
 
 
 def random_keys(count: int) -> Callable[[], str]:
-    """Gives one of the first ``count`` keys at every call, in an order that is the same in every run."""
+    """Return one of the first ``count`` keys at every call, in an order that is the same in every run."""
     numbers = random.Random(count)
     return lambda: key(numbers.randrange(count))
 

@@ -1,4 +1,4 @@
-"""A key that is handed over to any endpoint is shown by nothing, and neither is one that stands where none belongs."""
+"""No output shows a key that is sent to an endpoint, nor a key in a place where it does not belong."""
 
 import pytest
 from canary import HEADERS, KEY, OTHER, QUOTING, STATES, Watch, assert_no_trace, put
@@ -72,7 +72,7 @@ def test_no_answer_and_no_log_has_it(watch, store, state, authorization):
 
 @pytest.mark.parametrize("query", QUERIES)
 @pytest.mark.parametrize("authorization", [f"Bearer {KEY}", "Bearer unknown", ""])
-def test_a_key_in_the_query_comes_back_from_nowhere(watch, store, query, authorization):
+def test_a_key_in_the_query_is_not_returned(watch, store, query, authorization):
     put(store, "valid")
     app = make_app(store)
     for path in (*PATHS, "/api/status", PATH):
@@ -83,7 +83,7 @@ RAISING = [case for case in QUOTING if isinstance(case.values[0](KEY), BaseExcep
 
 
 class FailingLater(MemoryTokenStore):
-    """A store that knows its keys, and fails at what else it is asked for, with words of its own."""
+    """A store that knows its keys, and fails at every other call with its own message."""
 
     def __init__(self, make):
         super().__init__()

@@ -1,6 +1,6 @@
-"""A key that is handed over as a key is shown by nothing, whatever goes wrong with it, and neither is its digest.
+"""No output shows a key that is passed as a key, or its digest, whatever goes wrong.
 
-A key is handed over in the ``Authorization`` header, as the argument ``key`` of a store, or to the command. What is
+A key is passed in the ``Authorization`` header, as the argument ``key`` of a store, or to the command. What is
 promised: no answer, log line, message, ``repr`` or traceback holds it, and no file. Exempt are the one answer of
 ``create`` (and ``rotate``), which is there to show it, and the digest in the database, which is there to be found.
 Not promised is what a debugger or ``capture_locals`` takes out of a running call: the caller's own frame has the key.
@@ -74,12 +74,12 @@ def watch(capfd):
 
 
 def ask_everything(store, authorization, **options):
-    """Every answer to a header; the endpoint's own reading of it goes the same way."""
+    """Yield every answer to a header; the endpoint's own reading of it goes the same way."""
     app = UsageMiddleware(wrapped, store, **options)
     assert_no_trace("the middleware", [repr(app), str(app), app.__dict__])
     for method in ("GET", "HEAD", "OPTIONS", "POST", KEY):
         for path in (PATH, PATH + "/"):
-            # The query and other headers are no place for a key, and it stands in them all the same.
+            # The query and other headers are not places for a key, but here they hold it all the same.
             answer = call(
                 app,
                 environ(
@@ -157,14 +157,14 @@ def cut(path):
 
 
 def damage(path):
-    """Overwrites every page but the first."""
+    """Overwrite every page but the first."""
     path.with_name(f"{path.name}-wal").unlink(missing_ok=True)
     data = path.read_bytes()
     path.write_bytes(data[:4096] + b"\xa5" * (len(data) - 4096))
 
 
 def spoil(path):
-    """Makes the row one that is no token."""
+    """Change the row so that it is not a token."""
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE tokens SET model_limits = 'no JSON'")
 
@@ -172,7 +172,7 @@ def spoil(path):
 BROKEN = [
     pytest.param(replace, id="no database"),
     pytest.param(damage, id="damaged pages"),
-    pytest.param(spoil, id="a row that is no token"),
+    pytest.param(spoil, id="a row that is not a token"),
     pytest.param(Path.unlink, id="missing"),
     pytest.param(cut, id="cut off"),
     pytest.param(lock, id="locked"),
@@ -181,7 +181,7 @@ BROKEN = [
 
 @pytest.mark.parametrize("do_break", BROKEN)
 @pytest.mark.parametrize("is_open", [True, False], ids=["while open", "before it is opened"])
-def test_what_a_broken_database_says_has_it_not(watch, tmp_path, do_break, is_open):
+def test_an_error_of_a_broken_database_does_not_have_it(watch, tmp_path, do_break, is_open):
     path = tmp_path / "tokens.db"
     with SQLiteTokenStore(path) as store:
         put(store, "valid")
@@ -200,7 +200,7 @@ def test_what_a_broken_database_says_has_it_not(watch, tmp_path, do_break, is_op
             assert_no_trace(file.name, file.read_bytes(), may_hold_digest=True)
 
 
-def test_what_a_closed_store_says_has_it_not(watch, store):
+def test_an_error_of_a_closed_store_does_not_have_it(watch, store):
     put(store, "valid")
     store.close()
     assert set(ask_everything(store, f"Bearer sk-{KEY}")) == {503, 204, 405}
@@ -210,7 +210,7 @@ def test_what_a_closed_store_says_has_it_not(watch, store):
 
 
 def uses(store, token_id):
-    """All that takes a key, in every way to be wrong about the rest."""
+    """Yield all that takes a key, in every way to be wrong about the rest."""
     yield lambda key: store.get(key)
     yield lambda key: store.create(key=f"sk-{key}")
     yield lambda key: store.create(key=key, name=1)
@@ -249,7 +249,7 @@ def uses(store, token_id):
 
 
 def error_of(use):
-    """What a use of a store raises; of one that succeeds, ``None``."""
+    """Return what a use of a store raises, or ``None`` if it succeeds."""
     try:
         result = use(KEY)
     except Exception as error:
@@ -261,7 +261,7 @@ def error_of(use):
 
 
 def reachable(root):
-    """Every str and bytes that can be got to from an object, but over modules and classes."""
+    """Yield every str and bytes that can be reached from an object, except through modules and classes."""
     seen, todo = set(), [root]
     while todo:
         item = todo.pop()
@@ -317,7 +317,7 @@ def test_no_file_has_it(tmp_path, state):
 
 
 def run(*args, stdin="", status=0):
-    """Runs the command in this process; returns what it prints on standard output and on standard error."""
+    """Run the command in this process. Return what it prints on standard output and on standard error."""
     out, err, before = io.StringIO(), io.StringIO(), sys.stdin
     sys.stdin = io.StringIO(stdin)
     try:

@@ -35,7 +35,7 @@ def test_alone_it_answers_what_clients_of_new_api_ask(start, key):
     assert "Traceback" not in log.read_text()
 
 
-def test_what_the_unit_is_can_be_said(start, key):
+def test_the_unit_can_be_set(start, key):
     _, match, _ = start(
         *("serve", "--port", "0", "--quota-per-unit", "1000", "--display", "TOKENS", "--system-name", "Caf\u00e9"),
         ready=URL,
@@ -76,7 +76,7 @@ def test_in_front_of_an_application_they_are_its_own(start, key, tmp_path):
         ),
     ],
 )
-def test_what_says_nothing_is_refused(key, arguments, error):
+def test_an_option_without_effect_is_refused(key, arguments, error):
     assert run("serve", "--port", "0", *arguments, status=2)[1] == error
 
 
@@ -88,7 +88,7 @@ def test_what_says_nothing_is_refused(key, arguments, error):
         (["--path", "/api/status"], "path"),
     ],
 )
-def test_what_cannot_be_is_refused(key, arguments, named):
+def test_an_impossible_value_is_refused(key, arguments, named):
     assert named in run("serve", "--port", "0", *arguments, status=2)[1]
 
 

@@ -214,7 +214,7 @@ def test_the_next_request_on_a_connection(server: Server, method: bytes, headers
         assert second.body == USAGE
 
 
-# Nobody reads these bodies. A server that takes one for requests answers it.
+# No application reads these bodies. A server that takes one for requests answers it.
 SMALL = message(b"GET", b"/smuggled")
 LARGE = SMALL * 3000  # more than 100 kB
 
@@ -323,7 +323,8 @@ def test_store_used_before_the_server_forks(tmp_path: Path) -> None:
 
 
 def _ask_each_worker(server: Server, data: bytes) -> Iterator[Answer]:
-    """A sync worker with half a request accepts no other connection, so each of these goes to another worker.
+    """Ask each worker once. A sync worker with half a request accepts no other connection, so each goes to another
+    worker.
 
     Only a worker that is still starting is left out.
     """

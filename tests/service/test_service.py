@@ -55,7 +55,7 @@ class Service:
         self._url = f"http://127.0.0.1:{port}"
 
     def send(self, method, path, key=None, **headers):
-        """The status and the JSON of an answer."""
+        """Return the status and the JSON of an answer."""
         request = urllib.request.Request(self._url + path, method=method)
         if key is not None:
             request.add_header("Authorization", f"Bearer {key}")
@@ -94,7 +94,7 @@ def service(store_text):
 
 @pytest.fixture
 def command(store_text):
-    """Runs the command for an operator; returns what it printed."""
+    """Run the command for an operator. Return what it printed."""
 
     def run(*arguments):
         return subprocess.run(

@@ -152,7 +152,7 @@ def application(environ, start_response):
     ("options", "charged"),
     [("", 0), ("--cost 3", 3), ("--cost-header X-Cost --reserve 50", 30), ("--cost 3 --exempt /work", 0)],
 )
-def test_an_application_is_metered_if_it_is_said_what_it_costs(store, tmp_path, monkeypatch, options, charged):
+def test_an_application_is_metered_if_a_cost_is_given(store, tmp_path, monkeypatch, options, charged):
     (tmp_path / "old_app.py").write_text(APP)
     monkeypatch.syspath_prepend(tmp_path)
     app = application(f"--app old_app:application {options}")

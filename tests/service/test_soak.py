@@ -60,12 +60,12 @@ def held(pid, database):
 
 
 def descriptors(connections):
-    """The most that SQLite has open for so many: the database and its log for each, and what they share."""
+    """Return the most descriptors that SQLite has open: the database and its log for each, and one that they share."""
     return 2 * connections + 1
 
 
 def report(name, value):
-    """Shows what was seen to who runs the evidence: ``pytest --full -s``."""
+    """Print a measurement for the developer that runs ``pytest --full -s``."""
     print(f"{name}: {value}", flush=True)
 
 
@@ -89,7 +89,7 @@ class KeepsKeys(SQLiteTokenStore):
 
 
 class KeepsConnections(SQLiteTokenStore):
-    """A mutant: a connection for each thread, and nobody closes it when the thread has ended."""
+    """A mutant: a connection for each thread, which is not closed when the thread has ended."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -104,7 +104,7 @@ class KeepsConnections(SQLiteTokenStore):
 
 
 class KeepsFailures(SQLiteTokenStore):
-    """A mutant: it remembers what went wrong."""
+    """A mutant: it keeps what went wrong."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -158,7 +158,7 @@ class Soak:
         self.store.prune(time.time() + 1)
 
     def ask_in_thread(self, barrier, number, thread):
-        """The latencies in nanoseconds, of the answers that describe a token. Some charge in the middle."""
+        """Return the latencies in nanoseconds, of the answers that describe a token. Some charge in the middle."""
         seed = f"{number}/{thread}"
         count = self.requests // 2 // THREADS
         latencies = array("Q")
@@ -183,14 +183,14 @@ class Soak:
         for _ in range(FAILURES):
             ask(self.broken_app, failed)
         with closing(sqlite3.connect(self.database, isolation_level=None)) as other, ThreadPoolExecutor() as pool:
-            # Locked for a moment: one who waits is served, one who does not is told.
+            # Locked for a moment: a call that waits succeeds, and a call that does not wait fails.
             other.execute("BEGIN IMMEDIATE")
             charge = pool.submit(self.charge, key)
             with pytest.raises(StoreError, match="locked"):
                 self.impatient.charge(strip_prefix(key), 1)
             other.execute("COMMIT")
             charge.result()
-            # Each connection fails, and is given up.
+            # Each connection fails, and is closed.
             other.execute("ALTER TABLE tokens RENAME TO moved")
             for _ in range(FAILURES):
                 ask(self.app, failed)
@@ -207,7 +207,7 @@ ONE_AT_A_TIME = threading.Lock()
 
 
 def answer(environ, start_response):
-    """The wrapped application."""
+    """Return the wrapped application."""
     start_response("200 OK", [("Content-Type", "text/plain")])
     return ["{REQUEST_METHOD} [{SCRIPT_NAME}] {PATH_INFO}".format_map(environ).encode()]
 
@@ -220,7 +220,7 @@ def ask(app, request):
 
 
 def run_soak(store_class, folder, requests, rounds):
-    """The samples: one before the first round, and one after each."""
+    """Return the samples: one before the first round, and one after each."""
     soak = Soak(store_class, folder, requests // rounds)
     with soak.store, soak.impatient:
         samples = [soak.sample(0)]
@@ -247,7 +247,7 @@ def check_that_nothing_is_left(samples):
     # make for some hundred more or less, however many rounds there are.
     assert last.blocks - half.blocks < rounds * THREADS
     # Memory that Python does not know of. If one of a dozen kinds of requests left 16 bytes, the smallest piece that
-    # malloc gives, that would be more than a byte for each request of all. Of few requests nobody would see it: what
+    # malloc gives, that would be more than a byte for each request of all. With few requests it would not show: what
     # the most connections at once have taken is more.
     if (requests := last.requests - half.requests) >= 1_000_000:
         assert last.held.rss - half.held.rss < requests
@@ -302,7 +302,7 @@ STAYING = {"sync": 1, "gthread": THREADS_OF_WORKER}  # of a worker of those that
 
 
 def workers_of(process):
-    """The oldest first."""
+    """Return the workers of a process, the oldest first."""
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
@@ -325,7 +325,7 @@ class Disturbance:
         self.longest_log = 0
 
     def go_on(self, seconds, interval, running):
-        """Looks at each interval, kills at each second one, reloads at each seventh; ends early if anything fails."""
+        """Look at each interval, kill at each second one, reload at each seventh. End early if anything fails."""
         until = time.monotonic() + seconds
         for number in itertools.count(1):
             done, _ = wait(running, interval, FIRST_EXCEPTION)
@@ -423,7 +423,7 @@ def test_the_workers_of_gunicorn(tmp_path, full):
         assert looks[-1].others == min(look.others for look in looks)
         half, last = looks[len(looks) // 2], looks[-1]
         answers = seen.answers[servers[name][1], disturbance.elders[name]] // 2
-        if answers >= 20_000:  # of few, nobody would see it
+        if answers >= 20_000:  # with few, it would not show
             # No object is smaller than 16 bytes. A connection that was opened meanwhile may have filled its cache
             # (sqlite.org/pragma.html#pragma_cache_size).
             opened = (last.database - half.database) // 2

@@ -36,7 +36,7 @@ class Kind(NamedTuple):
     steps: int
 
     def fill(self, text):
-        """Makes the database of the first version in an empty one."""
+        """Make the database of the first version in an empty one."""
         script = (FILES / self.file).read_text(encoding="utf-8")
         if "://" not in text:
             with closing(sqlite3.connect(text)) as connection:
@@ -68,7 +68,7 @@ def kind(request):
 
 @pytest.fixture
 def make_database(kind, request, tmp_path):
-    """Makes databases of the first version; returns what ``open_store`` opens each by."""
+    """Make databases of the first version. Return what ``open_store`` opens each by."""
     numbers = itertools.count()
     with ExitStack() as stack:
 
@@ -113,7 +113,7 @@ def rows(text, query):
 
 
 def days_of(token_id):
-    """What the operations that the first version kept come to, by day and model."""
+    """Return what the operations that the first version kept come to, by day and model."""
     days = defaultdict(lambda: [0, 0, 0, 0])
     for operation in EXPECTED["operations"][str(token_id)]:
         if operation["kind"] in ("charge", "reserve"):
@@ -154,7 +154,7 @@ def check_whole(store):
 
 
 def everything(text):
-    """Every row of every table, and the name of every index."""
+    """Return every row of every table, and the name of every index."""
     if "://" not in text:
         tables = [name for (name,) in rows(text, "SELECT name FROM sqlite_master WHERE type = 'table'")]
         indexes = rows(text, "SELECT name FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL")
@@ -383,7 +383,7 @@ def test_a_newer_version_is_refused(text, kind):
     assert everything(text) == before
 
 
-def test_the_first_version_refuses_what_was_brought_forward(text):
+def test_the_first_version_refuses_a_migrated_database(text):
     open_and_read(text)
     if "://" in text:
         # It knows version 1, and nothing that is greater.
@@ -395,7 +395,7 @@ def test_the_first_version_refuses_what_was_brought_forward(text):
         assert rows(text, "SELECT name FROM sqlite_master WHERE name = 'tokens'") == [("tokens",)]
 
 
-def test_a_database_that_is_brought_forward_is_what_a_new_one_is(text, kind, request, tmp_path):
+def test_a_migrated_database_is_what_a_new_one_is(text, kind, request, tmp_path):
     open_and_read(text)
     old = {name: content for name, content in everything(text).items() if name != "_sqlite_migrations"}
     if kind == "sqlite":

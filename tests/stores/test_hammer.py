@@ -48,7 +48,7 @@ def share_barrier(barrier):
 
 
 def charge_all(open_, text, key, seeds, count):
-    """Charges the amounts of each seed in a thread of its own; returns the sum of those that were acknowledged."""
+    """Charge the amounts of each seed in a thread of its own. Return the sum of those that were acknowledged."""
     with open_(text) as store:
 
         def charge(seed):
@@ -64,7 +64,7 @@ def charge_all(open_, text, key, seeds, count):
 
 
 def read_until(done, store, key, quota):
-    """Reads the token over and over; returns how often. Every read must keep the law."""
+    """Read the token over and over, and return how often. Every read must keep the invariant."""
     used = reads = 0
     while not done.is_set():
         token = store.get(key)
@@ -77,7 +77,7 @@ def read_until(done, store, key, quota):
 
 
 def hammer(open_, text, *, processes, threads, charges):
-    """Lets all of them charge one token, for twice what it has, and holds what they were told against the books."""
+    """Let all of them charge one token, for twice what it has, and compare their answers with the ledger."""
     count = charges // (processes * threads)
     seeds = [range(process * threads, (process + 1) * threads) for process in range(processes)]
     quota = sum(sum(amounts(seed, count)) for of_process in seeds for seed in of_process) // 2
@@ -96,14 +96,14 @@ def hammer(open_, text, *, processes, threads, charges):
         token = store.get(key)
         assert token.total_used == acknowledged
         assert token.total_available == quota - acknowledged
-        # The last refusal was for want of units: fewer are left than somebody asked for.
+        # The last refusal was for lack of units: fewer are left than a process asked for.
         assert 0 <= token.total_available < MOST_UNITS
         assert sum(operation.held for operation in store.history(token.id)) == acknowledged
         assert all(future.result() > 0 for future in reads)
 
 
 def small(text):
-    """How much smaller a test is by default: a server has more to do for each charge than SQLite."""
+    """Return how much smaller a test is by default: a server has more to do for each charge than SQLite."""
     return 5 if "://" in text else 1
 
 
@@ -120,7 +120,7 @@ def test_a_careless_store_would_be_found_out(tmp_path):
 
 
 def send_all(text, key, seed, count):
-    """Sends every operation once, in an order of its own, and now and then one that differs from what was sent."""
+    """Send every operation once, in an order of its own, and now and then one that differs from what was sent."""
     numbers = random.Random(seed)
     order = list(range(count))
     numbers.shuffle(order)

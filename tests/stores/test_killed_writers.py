@@ -41,7 +41,7 @@ def entry(operation, names):
 
 
 def outcome(steps):
-    """The operations that these calls leave, by their idempotency keys."""
+    """Return the operations that these calls leave, by their idempotency keys."""
     left = {}
     for method, name, amount, model, refund_of in steps:
         if method == "charge":
@@ -68,7 +68,7 @@ def first_steps(life, count):
 
 
 def kill_writers(text, key, lanes, lives):
-    """Kills writers one after the other, in several lanes at once. Returns how many calls of each have returned."""
+    """Kill writers one after the other, in several lanes at once. Return how many calls of each have returned."""
     command = [sys.executable, "-W", "error", crash_writer.__file__, text, key]
     processes = [
         subprocess.Popen([*command, str(lane), str(lives)], stdout=subprocess.PIPE, text=True) for lane in range(lanes)
@@ -86,7 +86,7 @@ def kill_writers(text, key, lanes, lives):
 @pytest.mark.parametrize(
     ("lanes", "lives", "all_lives"),
     [
-        # The next one finds a database that nobody has open, and recovers it.
+        # The next one finds a database that no process has open, and recovers it.
         pytest.param(1, 10, 500, id="one at a time"),
         # The others go on.
         pytest.param(3, 4, 170, id="three at a time"),
@@ -100,7 +100,7 @@ def test_a_writer_that_is_killed(store_text, full, lanes, lives, all_lives):
     assert len(returned) == lanes * (all_lives if full else lives)
 
     def read():
-        """The history of each life, once it agrees with the totals."""
+        """Return the history of each life, once it agrees with the totals."""
         operations = list(store.history(token.id))
         token_now = store.get_by_id(token.id)
         held = sum(operation.held for operation in operations)
@@ -138,7 +138,7 @@ def test_a_writer_that_is_killed(store_text, full, lanes, lives, all_lives):
 
 
 def charge_until_acknowledged(store, key, name, done):
-    """Charges again and again, and repeats each charge until it returns. Returns how many did, and how many were
+    """Charge again and again, and repeat each charge until it returns. Return how many did, and how many were
     repeated."""
     number = repeated = 0
     while not done.is_set():

@@ -143,12 +143,12 @@ class Machine(RuleBasedStateMachine):
         self.store.close()
 
     def some_tokens(self):
-        """The ids of the tokens, and one of a token that was deleted."""
+        """Return the ids of the tokens, and one of a token that was deleted."""
         deleted = [token_id for token_id in self.keys if token_id not in self.model.tokens]
         return [*self.model.tokens, *deleted[-1:]]
 
     def some_operations(self, *, is_open):
-        """The ids of operations, most of them of reservations that are open, or of what is final."""
+        """Return the ids of operations, most of them of reservations that are open, or of what is final."""
         entries = [entry for entry in self.model.operations if not entry["pruned"]]
         meant = [
             entry
@@ -271,7 +271,7 @@ class Machine(RuleBasedStateMachine):
     # --- What must be the same.
 
     def call(self, method, arguments):
-        """Calls both, and compares what comes of it."""
+        """Call both, and compare the results."""
         if (arguments.get("idempotency_key") or method == "settle") and (method, arguments) not in self.calls:
             self.calls.append((method, arguments))
         count = len(self.model.operations)
@@ -291,7 +291,7 @@ class Machine(RuleBasedStateMachine):
         return actual
 
     def name_operations(self, count):
-        """Gives those that the model has made since it had ``count`` the ids that the store made for them."""
+        """Give the operations that the model has made since it had ``count`` the ids that the store made for them."""
         named = {entry["id"] for entry in self.model.operations[:count]}
         made = [entry for entry in reversed(self.model.operations[count:]) if not entry["pruned"]]
         for token_id in {entry["token_id"] for entry in made}:
@@ -337,12 +337,12 @@ def values(operation):
 
 
 def positive(usage):
-    """A model that nothing was used of may be left out."""
+    """Leave out models of which nothing was used."""
     return {model: units for model, units in usage.items() if units != 0}
 
 
 def outcome(ledger, method, arguments):
-    """What a call returns, or the class of its refusal, and the data of one for lack of quota."""
+    """Return what a call returns, or the class of its refusal, and the data of one for lack of quota."""
     try:
         return getattr(ledger, method)(**arguments)
     except QuotaExceeded as error:
@@ -352,7 +352,7 @@ def outcome(ledger, method, arguments):
 
 
 def over_a_server(server):
-    """Makes stores over one database, which is emptied for each, and over one engine: to connect takes longer."""
+    """Make stores over one database, which is emptied for each, and over one engine, as connecting takes longer."""
     with databases.shared(server) as database:
         engine = create_engine(database.url)
 
@@ -374,7 +374,7 @@ def kind(request):
 
 @pytest.fixture
 def make_store(kind, request, tmp_path):
-    """Makes an empty store, as often as it is called."""
+    """Make an empty store, as often as it is called."""
     if kind in databases.KINDS:
         yield from over_a_server(request.getfixturevalue(kind))
         return

@@ -20,7 +20,7 @@ class Clock:
 
 @pytest.fixture(scope="module", params=["memory", "sqlite", "mariadb", "postgresql"])
 def store(request, tmp_path_factory):
-    """A store with two tokens that were used in every way, at times that are not always in order."""
+    """Yield a store with two tokens that were used in every way, at times that are not always in order."""
     if request.param == "memory":
         with MemoryTokenStore() as store:
             yield filled(store)
@@ -60,7 +60,7 @@ def filled(store):
 
 
 def expected(store, token_id, kinds, since, until):
-    """The same from the whole history."""
+    """Return the same from the whole history."""
     wanted = {"charge": ("charge", "reserve"), "refund": ("refund",)}
     names = [name for kind in kinds for name in wanted[kind]]
     return [

@@ -49,7 +49,7 @@ postgresql = shelf_stores:open_nothing
 
 @pytest.fixture
 def site(tmp_path):
-    """A folder of installed packages with one that brings stores, as an installer leaves it there."""
+    """Return a folder of installed packages with one that brings stores, as an installer leaves it there."""
     site = tmp_path / "site"
     installed = site / "shelf_stores-1.0.dist-info"
     installed.mkdir(parents=True)
@@ -144,7 +144,7 @@ def test_a_package_cannot_take_a_scheme_of_ours(site):
 
 @pytest.fixture
 def gateway(tmp_path):
-    """The path of an SQLite file as new-api keeps it, with nothing but what tells it."""
+    """Return the path of an SQLite file as new-api keeps it, with nothing but what tells it."""
     import sqlite3
 
     path = tmp_path / "one-api.db"

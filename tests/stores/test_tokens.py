@@ -33,7 +33,7 @@ FULL = {
 }
 
 
-# A slow machine is no error.
+# A slow machine is not an error.
 patiently = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -124,7 +124,7 @@ def test_the_unit_of_a_wrong_field_is_told(field, unit):
         pytest.param("total_used", Units.MANY, id="IntEnum"),
         pytest.param("expires_at", -1, id="never, as new-api writes it"),
         pytest.param("id", Units.MANY, id="IntEnum as id"),
-        pytest.param("model_limits", MappingProxyType({"a": 1}), id="a mapping that is no dict"),
+        pytest.param("model_limits", MappingProxyType({"a": 1}), id="a mapping that is not a dict"),
         pytest.param("model_limits", {Name("a"): Units.MANY}, id="subclasses in the limits"),
         pytest.param("model_limits", {"a": 0, "b": True}, id="nothing left, and no limit"),
     ],
@@ -278,7 +278,7 @@ def test_model_limits_come_back_from_a_text_column(limits):
 # --- Keys
 
 
-def test_a_made_key_is_48_letters_and_digits_that_nobody_can_guess():
+def test_a_made_key_is_48_random_letters_and_digits():
     keys = [make_key() for _ in range(1000)]
     assert all(re.fullmatch("[0-9A-Za-z]{48}", key) for key in keys)
     assert len(set(keys)) == 1000

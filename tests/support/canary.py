@@ -1,4 +1,4 @@
-"""A key that must show nowhere, what would give it away, and what is put in its way.
+"""A key that must not show anywhere, what would give it away, and what endangers it.
 
 A test asserts that nothing which a process says, answers or raises has a trace of the key (:func:`assert_no_trace`).
 """
@@ -19,7 +19,7 @@ import pytest
 
 from usage_middleware import StoreError
 
-# No slice of it stands anywhere by chance. Its last four characters are shown by design.
+# No slice of it occurs anywhere by chance. Its last four characters are shown by design.
 KEY = "cAnArYzQ7xW2vK9pLm4Rt8Yb3Nc6Hd1Jf5Gs0TqEuXoVaPiZ"
 OTHER = "".join(reversed(KEY))
 SLICE = 8
@@ -38,7 +38,7 @@ def encodings(data):
 
 
 def traces(key, *, may_hold_digest=False):
-    """What would give a key away: any part of it that is no hint, and what stands for it."""
+    """Yield what would give a key away: any part of it that is not a hint, and what represents it."""
     yield from (key[n : n + SLICE].encode() for n in range(len(key) - SLICE + 1))
     yield from encodings(key.encode())
     for digest in digests(key):
@@ -96,7 +96,7 @@ class Watch:
 
 
 def assert_error_has_no_trace(error):
-    """Holds an exception, all that it carries, and its traceback as a server prints it, against the key."""
+    """Check that an exception, all that it carries, and its traceback as a server prints it do not show the key."""
     assert_no_trace("a traceback", "".join(traceback.format_exception(error)))
     while error is not None:
         assert_no_trace("an exception", [repr(error), str(error), error.args, vars(error)])
@@ -123,7 +123,7 @@ HEADERS = [
 
 
 def put(store, state):
-    """Brings a store, which has no trace of the key yet, to a state of it."""
+    """Put the key, of which the store has no trace yet, into a state."""
     if state == "unknown":
         return
     token = store.create(key=f"sk-{KEY}", name="Canary", total_available=100)[1]
@@ -141,7 +141,7 @@ STATES = ["valid", "unknown", "disabled", "expired", "rotated", "deleted"]
 
 
 class Failing:
-    """A store that fails, with words of its own."""
+    """A store that fails with its own message."""
 
     def __init__(self, make):
         self._make = make

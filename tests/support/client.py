@@ -21,7 +21,7 @@ class Answer(NamedTuple):
         return json.loads(self.body)
 
     def header(self, name):
-        """The one value of a header, or None."""
+        """Return the one value of a header, or None."""
         values = [value for key, value in self.headers if key.lower() == name.lower()]
         assert len(values) <= 1, f"{name} is sent more than once"
         return values[0] if values else None
@@ -48,20 +48,20 @@ def environ(method="GET", path=PATH, **variables):
 
 
 def wrapped(environ, start_response):
-    """The application that the middleware wraps, where a test does not need another."""
+    """Return the application that the middleware wraps, if a test does not need another."""
     start_response("404 Not Found", [("Content-Type", "text/plain")])
     return [b"the wrapped application"]
 
 
 def ask(app, method="GET", path=PATH, *, authorization=None, **variables):
-    """The answer of ``app``; the exchange itself is held against PEP 3333 by the standard library."""
+    """Return the answer of ``app``. The standard library checks the exchange against PEP 3333."""
     if authorization is not None:
         variables["HTTP_AUTHORIZATION"] = authorization
     return call(validator(app), environ(method, path, **variables))
 
 
 def call(app, environ):
-    """The answer of ``app`` to an environment that the standard library's validator may not know."""
+    """Return the answer of ``app`` to an environment that the standard library's validator may not know."""
     started = []
 
     def start_response(status, headers, exc_info=None):

@@ -28,7 +28,7 @@ def check_schema(value, schema):
 
 
 def described(method, path, status):
-    """What the description says of such an answer."""
+    """Return what the description says about such an answer."""
     operation = DESCRIPTION["paths"][path].get(method.lower() if method.isupper() else "")
     if operation is None:
         assert status == 405
@@ -38,7 +38,7 @@ def described(method, path, status):
 
 
 def check_answer(answer, method, path):
-    """Holds an answer against the description: whatever this does not say of it is wrong."""
+    """Check an answer against the description. Whatever that does not describe is wrong."""
     response = described(method, path, answer.status)
     for name, header in response["headers"].items():
         header, value = resolve(header), answer.header(name)

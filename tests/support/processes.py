@@ -10,19 +10,19 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 def environment(**variables):
-    """The environment of a new interpreter that finds the modules of tests where this one finds them."""
+    """Return the environment of a new interpreter that finds the modules of tests where this one finds them."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **variables}
 
 
 def process_of(function, *arguments):
-    """The command to run a function of a test module in a new interpreter, where every warning is an error."""
+    """Return the command to run a function of a test module in a new interpreter, where every warning is an error."""
     program = f"import sys, {function.__module__} as module; module.{function.__name__}(*sys.argv[1:])"
     return [sys.executable, "-X", "dev", "-W", "error", "-c", program, *map(str, arguments)]
 
 
 def in_a_process(function, *arguments):
-    """Runs a function of a test module in a new interpreter to its end. Nothing may be amiss, neither there nor in
-    processes that it forked: they share its error output. Returns what it printed."""
+    """Run a function of a test module in a new interpreter to its end. Nothing may be amiss, neither there nor in
+    processes that it forked: they share its error output. Return what it printed."""
     done = subprocess.run(
         process_of(function, *arguments), env=environment(), capture_output=True, text=True, timeout=120
     )
@@ -31,7 +31,7 @@ def in_a_process(function, *arguments):
 
 
 def python(*arguments, **options):
-    """A Python program that finds the modules of tests."""
+    """Return a Python program that finds the modules of tests."""
     return subprocess.Popen(
         [sys.executable, *arguments],
         env=environment(PYTHONWARNINGS="default::ResourceWarning"),

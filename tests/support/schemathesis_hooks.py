@@ -16,7 +16,7 @@ import schemathesis
 _keys = itertools.cycle(os.environ["KEYS"].split())
 
 
-# Without an interval each request asks anew, so that all keys are sent.
+# Without an interval each request asks again, so that all keys are sent.
 @schemathesis.auth(refresh_interval=None)
 class KnownKeys:
     def get(self, case, context):
@@ -27,7 +27,7 @@ class KnownKeys:
 
 
 def _refuse(text: str) -> NoReturn:
-    raise AssertionError(f"{text} is no integer")
+    raise AssertionError(f"{text} is not an integer")
 
 
 def _refuse_whole(text: str) -> float:

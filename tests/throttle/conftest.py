@@ -16,7 +16,7 @@ def clock(monkeypatch):
 
 @pytest.fixture(params=["memory", "redis", "memcached"])
 def storage(request, tmp_path):
-    """The URI of each storage, empty."""
+    """Yield the URI of each storage, empty."""
     if request.param == "memory":
         yield "memory://"
         return

@@ -1,4 +1,4 @@
-"""Guessing of keys: what counts, against whom, what the guesser gets and for how long."""
+"""Guessing keys: what counts, for which client, what the guesser gets and for how long."""
 
 import tracemalloc
 
@@ -58,7 +58,7 @@ def test_anything_else_neither_counts_nor_is_throttled(clock, request_, status):
     assert [after] * 10 == before
 
 
-def test_a_store_that_fails_is_no_failure_of_the_client(clock):
+def test_a_failure_of_the_store_does_not_count_against_the_client(clock):
     app = make_app(store=Broken())
     assert statuses(app, 10) == [503] * 10
     assert statuses(app, 4, "Bearer") == [401, 401, 401, 429]
@@ -73,7 +73,7 @@ def test_a_valid_key_resets_nothing(clock):
     assert guess(app).status == 429
 
 
-def test_without_a_limit_nobody_is_throttled():
+def test_without_a_limit_no_client_is_throttled():
     app = UsageMiddleware(wrapped, {})
     assert statuses(app, 1000) == [401] * 1000
 
@@ -83,7 +83,7 @@ def test_failures_are_counted_in_the_process_where_nothing_else_is_said():
     assert statuses(app, 5) == [401, 401, 401, 429, 429]
 
 
-# --- Against whom
+# --- Which client
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_retry_after_is_true(clock, storage, second, retry_after):
     assert statuses(app, 4) == [401, 401, 401, 429]
 
 
-def test_to_fail_while_throttled_does_not_make_it_longer(clock):
+def test_a_failure_while_throttled_does_not_extend_it(clock):
     app = make_app()
     statuses(app, 1000)
     clock.now += PERIOD - 1
@@ -208,7 +208,7 @@ def test_to_fail_while_throttled_does_not_make_it_longer(clock):
     assert guess(app).status == 401
 
 
-def test_a_clock_that_is_set_back_locks_nobody_out(clock):
+def test_a_clock_that_is_set_back_locks_no_client_out(clock):
     app = make_app()
     clock.now += 24 * 3600
     statuses(app, 10)
@@ -237,23 +237,23 @@ def test_memory_is_bounded_whatever_number_of_addresses_come(clock, monkeypatch,
         filled = flood(0, 2 * most)
         assert filled < 400 * most
         assert flood(2 * most, 1_000_000 if full else 6 * most) < filled * 1.1
-        # Windows that have passed are forgotten.
+        # Counts of past windows are dropped.
         clock.now += PERIOD
         assert flood(0, 1) < filled / 2
     finally:
         tracemalloc.stop()
 
 
-def test_who_is_forgotten_in_a_flood_of_addresses(clock, monkeypatch):
+def test_which_client_is_dropped_in_a_flood_of_addresses(clock, monkeypatch):
     monkeypatch.setattr(throttle, "_MOST_CLIENTS", 100)
     app = make_app()
     assert statuses(app, 3) == [401] * 3
     for number in range(1000):
         guess(app, address=f"10.0.{number // 250}.{number % 250}")
-        # A guesser who goes on is not.
+        # A guesser that goes on is not dropped.
         if number % 50 == 0:
             assert guess(app).status == 429
-    # One who begins now is counted, and the one who has not failed for longest is forgotten.
+    # A client that begins now is counted, and the least recently failed client is dropped.
     assert statuses(app, 4, address="192.0.2.2") == [401, 401, 401, 429]
     statuses(app, 4, address="192.0.2.3")
     for number in range(100):

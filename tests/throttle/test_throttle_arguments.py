@@ -43,7 +43,7 @@ from usage_middleware import UsageMiddleware
         pytest.param({"throttle_storage": "memcached://canary@host"}, ValueError, id="storage without its port"),
         pytest.param({"throttle_storage": "redis://:canary@host:canary"}, ValueError, id="storage with no such port"),
         pytest.param({"throttle_storage": "redis://:canary/@host:1"}, ValueError, id="password that is not quoted"),
-        pytest.param({"throttle_storage": "redis://:canary@[::1"}, ValueError, id="storage that is no URI"),
+        pytest.param({"throttle_storage": "redis://:canary@[::1"}, ValueError, id="storage that is not a URI"),
         pytest.param({"throttle_storage": "redis://:canary\u2100@host"}, ValueError, id="storage that NFKC changes"),
     ],
 )
@@ -53,7 +53,7 @@ def test_an_impossible_argument_is_named_and_shows_no_password(arguments, error)
     with pytest.raises(error, match=rf"^{name} must ") as caught:
         UsageMiddleware(wrapped, {}, **given)
     assert "\n" not in str(caught.value)
-    # Neither in the exceptions that it comes from, which a traceback shows.
+    # Nor do the exceptions that caused it, which a traceback shows.
     assert caught.value.__cause__ is None
     assert caught.value.__context__ is None or caught.value.__suppress_context__
     assert "canary" not in str(caught.value)

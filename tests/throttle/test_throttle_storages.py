@@ -150,7 +150,7 @@ def test_the_workers_of_a_preloading_server_count_together(tmp_path, monkeypatch
 
 
 def fetch(port, authorization):
-    """The status of an answer over HTTP, its Retry-After and the process that it is from."""
+    """Return the status of an answer over HTTP, its Retry-After and the process that it is from."""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         request = (
             f"GET {PATH} HTTP/1.1\r\nHost: localhost\r\nAuthorization: {authorization}\r\nConnection: close\r\n\r\n"

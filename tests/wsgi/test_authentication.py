@@ -34,7 +34,7 @@ def request(authorization=None, **variables):
 
 
 def refused(authentication, given, question=None):
-    """The refusal of a request, and the seconds that it took."""
+    """Return the refusal of a request, and the seconds that it took."""
     begun = time.perf_counter()
     with pytest.raises(Refused) as caught:
         authentication.ask(given, question or authentication.token)

@@ -189,7 +189,8 @@ def test_models_that_used_the_same_are_told_by_name(store, app):
 
 @pytest.fixture(scope="module")
 def used():
-    """The key of a token that used one unit on each of 800 days, of which the last is today; and the middleware."""
+    """Yield the key of a token that used one unit on each of 800 days, of which the last is today; and the
+    middleware."""
     clock = Clock()
     with MemoryTokenStore(clock=clock) as store:
         key, _ = store.create(total_available=1000)

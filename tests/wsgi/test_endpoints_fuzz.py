@@ -28,7 +28,8 @@ SEED = 20_271_015
 
 @pytest.fixture(scope="module")
 def served():
-    """The middleware, and what its one token did: (time, kind, units) of each charge and refund, the newest first."""
+    """Yield the middleware, and what its one token did: (time, kind, units) of each charge and refund, the newest
+    first."""
     clock = [NOW - 500 * DAY]
     chance = random.Random(SEED)
     made = []
@@ -57,7 +58,7 @@ def ask(app, path, query="", method="GET", **variables):
 
 
 def parsed(query):
-    """The parameters of a query, each with its values."""
+    """Return the parameters of a query, each with its values."""
     found = {}
     for part in query.split("&"):
         if part:
@@ -84,7 +85,7 @@ def as_date(text):
 
 
 def days_of(query):
-    """The first and the last day that ``/days`` is asked for; ``None``: it is refused."""
+    """Return the first and the last day that ``/days`` is asked for; ``None``: it is refused."""
     found = parsed(query)
     if any(len(values) > 1 for values in found.values()):
         return None
@@ -104,13 +105,13 @@ def days_of(query):
 
 
 def number(found, name):
-    """A parameter of the log: 0 if it is absent or not a number."""
+    """Return a parameter of the log: 0 if it is absent or not a number."""
     text = found.get(name, [""])[0]
     return int(text) if is_digits(text) and len(text) < 19 else 0
 
 
 def rows_of(query, made):
-    """The rows that the log has for a query: each one's number, second, kind and units."""
+    """Return the rows that the log has for a query: each one's number, second, kind and units."""
     found = parsed(query)
     kind = number(found, "type")
     since, until = number(found, "start_timestamp"), number(found, "end_timestamp")
@@ -128,7 +129,7 @@ def rows_of(query, made):
 
 
 def used_of(query, made):
-    """What was used on the days of a query, a refund booked on the day of its charge, which here is its own."""
+    """Return what was used on the days of a query, a refund booked on the day of its charge, which here is its own."""
     found = parsed(query)
     first, last = (as_date(found.get(name, [""])[0]) for name in ("start_date", "end_date"))
     days = (datetime.fromtimestamp(at, timezone.utc).date() for at, _, _ in made)
@@ -173,7 +174,7 @@ def queries(draw, names):
 
 @st.composite
 def likely(draw, *names):
-    """Every name at most once, with a value that is likely to be right."""
+    """Return every name at most once, with a value that is likely to be right."""
     chosen = draw(st.lists(st.sampled_from(names), unique=True))
     kinds = {"days": numbers, "start_date": dates, "end_date": dates}
     return "&".join(f"{name}={quote(draw(kinds.get(name, numbers)))}" for name in chosen)

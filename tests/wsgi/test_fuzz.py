@@ -21,7 +21,7 @@ CONFIGURATIONS = [
     {"allow_origins": [ORIGIN, "null"]},
     {"allow_origins": (), "path": "/caf\u00e9"},
     {"path": "/"},
-    # So many that nobody is refused: it is there to read who asks.
+    # So many that no client is refused: it is there to read the client's address.
     {"throttle": "1000000000 per day"},
 ]
 RAW_PATHS = ["/api/usage/token", "/api/usage/token", "/caf\xc3\xa9", "", "/api/usage/token"]
@@ -42,7 +42,7 @@ def strip(value):
 
 
 def key_of(value):
-    """The key that stores see, or ``None`` where the header is malformed: rules 7 to 9 of the contract."""
+    """Return the key that stores see, or ``None`` if the header is malformed: rules 7 to 9 of the contract."""
     value = strip(value)
     scheme, key = value[:6], value[6:]
     if [ord(character) | 0x20 for character in scheme] != [ord(character) for character in "bearer"]:
@@ -62,7 +62,7 @@ def key_of(value):
 
 
 def outcome_of(key):
-    """What the store below does when it is asked for a key: it knows any, and each has its kind."""
+    """Return what the store below does when it is asked for a key: it knows any, and each has its kind."""
     return ("token", "unknown", "disabled", "StoreError", "RuntimeError", "no token")[sum(map(ord, key)) % 6]
 
 
@@ -79,7 +79,7 @@ def usage_body(key):
 
 
 def expected(environ, raw_path):
-    """The status and body that a request must get; ``None`` where it belongs to the wrapped application."""
+    """Return the status and body that a request must get; ``None`` if it belongs to the wrapped application."""
     if environ.get("PATH_INFO", "") not in (raw_path, raw_path + "/"):
         return None
     if environ["REQUEST_METHOD"] == "OPTIONS":
@@ -104,7 +104,7 @@ def expected(environ, raw_path):
 
 
 class Malformed(BaseException):
-    """The store was asked for what is no key. No ``Exception``, which the middleware would take for the store's."""
+    """The store was asked for what is not a key. The middleware would attribute an ``Exception`` to the store."""
 
 
 class Store:
@@ -157,7 +157,7 @@ class Endpoint:
         return self._result
 
     def check(self, environ):
-        """Sends a request; returns the status of the answer, or ``None`` where it passed through."""
+        """Send a request. Return the status of the answer, or ``None`` if it passed through."""
         before = dict(environ)
         started = []
         self.passed.clear()
@@ -206,7 +206,7 @@ class Endpoint:
 
 @pytest.fixture
 def endpoints():
-    """The endpoint in every configuration, and its logger without the handlers that would keep what they get."""
+    """Yield the endpoint in every configuration, and its logger without the handlers that would keep what they get."""
     made = [Endpoint(number) for number in range(len(CONFIGURATIONS))]
     logger = logging.getLogger("usage_middleware")
     for endpoint in made:
@@ -354,7 +354,7 @@ def test_many_near_misses(endpoints, full):
             error.args = (*error.args, f"request {number}: {environ!r}")
             raise
     seconds = time.perf_counter() - begun
-    # It is no volume of one kind: each answer was met.
+    # The requests are of all kinds: each answer was met.
     assert all(seen[status] > count / 200 for status in (None, "200", "204", "401", "405", "503")), seen
     if full:
         print(f"{count:,} requests, {count / seconds:,.0f} a second: {dict(seen)}")

@@ -134,13 +134,15 @@ def test_a_change_of_the_given_origins_is_not_noticed():
         pytest.param({"store": None}, TypeError, id="no store"),
         pytest.param({"store": "tokens.db"}, TypeError, id="the name of a store"),
         pytest.param({"store": MemoryTokenStore().get}, TypeError, id="a function for a store"),
-        pytest.param({"store": type("Store", (), {"get": Token()})()}, TypeError, id="a store whose get is no method"),
+        pytest.param(
+            {"store": type("Store", (), {"get": Token()})()}, TypeError, id="a store whose get is not a method"
+        ),
         pytest.param({"path": None}, TypeError, id="path None"),
         pytest.param({"path": b"/usage"}, TypeError, id="path bytes"),
         pytest.param({"path": ["/usage"]}, TypeError, id="paths"),
         pytest.param({"path": ""}, ValueError, id="path empty"),
         pytest.param({"path": "x"}, ValueError, id="path without a slash"),
-        pytest.param({"path": "https://app.example/usage"}, ValueError, id="an URL for a path"),
+        pytest.param({"path": "https://app.example/usage"}, ValueError, id="a URL for a path"),
         pytest.param({"path": "/a?b"}, ValueError, id="path with a query"),
         pytest.param({"path": "/a#b"}, ValueError, id="path with a fragment"),
         pytest.param({"path": "/\ud800"}, ValueError, id="path that UTF-8 cannot carry"),

@@ -69,7 +69,7 @@ def get(app, key, path, query="", **options):
 
 
 def text(answer):
-    """The body, where 1 is not 1.0 and true is not 1."""
+    """Return the body, where 1 is not 1.0 and true is not 1."""
     assert answer.status == 200
     return answer.body.decode()
 
@@ -244,7 +244,8 @@ def test_an_open_reservation_shows_what_it_holds(store, app):
 
 @pytest.fixture(scope="module", params=["memory", "sqlite"])
 def charged(request, tmp_path_factory):
-    """A token with 250 charges, each one second after the other, and every tenth refunded at once: app and key."""
+    """Yield a token with 250 charges, each one second after the other, and every tenth refunded at once: app and
+    key."""
     clock = Clock()
     path = tmp_path_factory.mktemp("log") / "tokens.db"
     made = MemoryTokenStore(clock=clock) if request.param == "memory" else SQLiteTokenStore(path, clock=clock)
@@ -434,7 +435,7 @@ def test_a_total_is_the_nearest_float_or_a_whole_number(units, unit):
 
 @pytest.fixture
 def spread(store, clock):
-    """The key of a token that used 1, 10, 100 and 1000 units on four days, of which the last is today."""
+    """Return the key of a token that used 1, 10, 100 and 1000 units on four days, of which the last is today."""
     clock.now = datetime(2026, 9, 1, tzinfo=timezone.utc).timestamp()
     key, _ = store.create(total_available=10**6)
     for units, day in ((1, 1), (10, 2), (100, 29)):

@@ -1,4 +1,4 @@
-"""What stands behind the endpoints if there is no application."""
+"""The application behind the endpoints if there is none to wrap."""
 
 import pytest
 from client import ask, call, environ

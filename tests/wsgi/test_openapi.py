@@ -128,7 +128,7 @@ def test_every_answer_is_described(method, status, headers, origin, allow_origin
 
 
 def throttled(method="GET", path=PATH, **options):
-    """The answer to a client that has sent a wrong key too often."""
+    """Return the answer to a client that has sent a wrong key too often."""
     app = UsageMiddleware(wrapped, Store(), throttle="1 per hour", **options)
     asked = environ(method, path, HTTP_AUTHORIZATION="Bearer unknown", HTTP_ORIGIN=ORIGIN, REMOTE_ADDR="127.0.0.1")
     # From the second on in an hour; the hour may end in between.
@@ -204,7 +204,7 @@ USAGE_KEYS = DESCRIPTION["components"]["schemas"]["TokenUsage"]["required"]
 
 
 def body_mutant(change, key="limited"):
-    """Changes the body's JSON, and keeps what belongs to it true."""
+    """Change the body's JSON, and keep its headers correct."""
 
     def mutate(answer):
         value = answer.json
@@ -221,7 +221,7 @@ def usage_mutant(**fields):
 
 
 def header_mutant(name, value=None, key="limited"):
-    """Gives a header another value; without one, leaves it out."""
+    """Change the value of a header. Without a value, remove the header."""
 
     def mutate(answer):
         headers = [(other, text) for other, text in answer.headers if other != name]
@@ -293,7 +293,7 @@ def test_it_does_not_describe_a_wrong_answer(key, mutate):
 
 
 def schemathesis(folder, url, keys, *options):
-    """Has schemathesis ask a server whatever the description lets it ask; what it notes goes to ``folder``."""
+    """Have schemathesis ask a server whatever the description lets it ask; what it notes goes to ``folder``."""
     return subprocess.run(
         [
             *(SCRIPTS / "schemathesis", "--no-color", "--config-file", SETTINGS),
@@ -311,7 +311,7 @@ def schemathesis(folder, url, keys, *options):
 
 @pytest.fixture
 def keys(tmp_path):
-    """Keys of tokens of every kind, in a database."""
+    """Return keys of tokens of every kind, in a database."""
     with SQLiteTokenStore(tmp_path / "tokens.db") as store:
         made = [
             store.create(name="caf\u00e9 \u4ee4\u724c", total_available=1000)[0],
@@ -331,7 +331,7 @@ def keys(tmp_path):
 
 @pytest.fixture
 def served(keys, tmp_path):
-    """The URL of a server over that database, and its log of requests."""
+    """Yield the URL of a server over that database, and its log of requests."""
     log = tmp_path / "log"
     with log.open("w") as stderr:
         command = [SCRIPTS / "usage-middleware", "serve", "--db", tmp_path / "tokens.db", "--port", "0"]
@@ -372,7 +372,7 @@ FOUND_BY_TOOLS = ["no total_granted", "a whole float total", "an extra key", "no
 
 
 def mutated(mutate):
-    """The endpoint as an application whose answers of one status are wrong."""
+    """Return the endpoint as an application whose answers of one status are wrong."""
     key, change = mutate
     status = ask(key).status
 
@@ -388,7 +388,7 @@ def mutated(mutate):
 
 @pytest.fixture(scope="module")
 def mutants_url():
-    """A server with a mutant below each prefix, and below ``/right`` none."""
+    """Yield a server with a mutant below each prefix, and below ``/right`` none."""
     mounts = {f"/{number}": mutated(MUTANTS[name]) for number, name in enumerate(FOUND_BY_TOOLS)}
     mounts["/right"] = UsageMiddleware(wrapped, Store())
     server = make_server(

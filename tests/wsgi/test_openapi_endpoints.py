@@ -122,7 +122,7 @@ def test_the_answer_to_a_guesser_is_described(store, method, path):
 
 
 def examples(path, status="200"):
-    """What is shown of an endpoint, as bytes."""
+    """Return what is shown of an endpoint, as bytes."""
     name = DESCRIPTION["paths"][path]["get"]["responses"][status]["$ref"].rpartition("/")[2]
     shown = DESCRIPTION["components"]["responses"][name]["content"]["application/json"]["examples"]
     return {
@@ -180,7 +180,7 @@ def test_the_examples_are_real_answers(monkeypatch):
 
 
 def changed(path, *place, to=None, remove=False):
-    """A change of a value in the JSON of an answer."""
+    """Return a change of a value in the JSON of an answer."""
     return pytest.param(path, place, to, remove, id=f"{path} {place} {'gone' if remove else to!r}")
 
 

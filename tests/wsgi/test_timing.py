@@ -22,7 +22,7 @@ from usage_middleware.keys import make_key
 
 REQUESTS = 10_000  # of each kind
 KEYS = 100  # of each kind
-UNLIKELY = 1e-4  # the p below which chance is no explanation
+UNLIKELY = 1e-4  # the p below which chance does not explain a difference
 # Seconds
 NEGLIGIBLE = 50e-9
 SMALL = 20e-6
@@ -45,7 +45,7 @@ class Comparison(NamedTuple):
 
 
 def compare(first, second):
-    """Whether two samples differ, by the rank-sum test of Mann and Whitney, and how much, by their medians."""
+    """Return whether two samples differ, by the rank-sum test of Mann and Whitney, and how much, by their medians."""
     low_1, high_1 = median_interval(first)
     low_2, high_2 = median_interval(second)
     difference = statistics.median(second) - statistics.median(first)
@@ -53,7 +53,7 @@ def compare(first, second):
 
 
 def median_interval(sample, z=3.29):
-    """The order statistics between which the median lies with 99.9 %, whatever the distribution."""
+    """Return the order statistics between which the median lies with 99.9 %, whatever the distribution."""
     ordered = sorted(sample)
     reach = z * math.sqrt(len(ordered)) / 2
     middle = (len(ordered) - 1) / 2
@@ -61,7 +61,7 @@ def median_interval(sample, z=3.29):
 
 
 def rank_sum_p(first, second):
-    """The two-sided p of the rank-sum test, by its normal approximation with the correction for ties."""
+    """Return the two-sided p of the rank-sum test, by its normal approximation with the correction for ties."""
     ranks_of_first, ties, rank = 0.0, 0, 0
     labelled = sorted([(value, True) for value in first] + [(value, False) for value in second])
     for _, group in itertools.groupby(labelled, key=lambda pair: pair[0]):
@@ -76,7 +76,8 @@ def rank_sum_p(first, second):
 
 
 def measure(app, keys, count, seed=1, path=PATH):
-    """The seconds that a request with each key takes, by kind: ``count`` requests, in an order that nothing can guess.
+    """Return the seconds that a request with each key takes, by kind: ``count`` requests, in an order that nothing can
+    guess.
 
     The requests of one key are one value, their median: where a key happens to lie in memory or in an index is no
     difference between kinds, however often it is asked for.
@@ -89,7 +90,7 @@ def measure(app, keys, count, seed=1, path=PATH):
     gc.disable()
     try:
         for key in order:
-            # Made anew, as a server makes it.
+            # Made for each request, as a server makes it.
             request = environ(path=path, HTTP_AUTHORIZATION=f"Bearer {key}")
             begun = now()
             app(request, _start_response)
@@ -109,7 +110,7 @@ def host(environ, start_response):
 
 
 def make_keys(store):
-    """Keys of each kind, in a store among others."""
+    """Return keys of each kind, in a store among others."""
     made = {kind: [] for kind in ("unknown", "unknown too", "deleted", "disabled", "known")}
     for _ in range(KEYS):
         # Like every other key, but that it was never made.
@@ -197,7 +198,7 @@ def test_a_refusal_does_not_show_how_long_the_store_took(store, path, full):
 
 
 @pytest.mark.parametrize("path", [PATH, *OTHER_PATHS])
-def test_time_tells_unknown_deleted_and_disabled_keys_not_apart(store, path, full):
+def test_time_does_not_distinguish_unknown_deleted_and_disabled_keys(store, path, full):
     if not full:
         pytest.skip("measured with --full")
     keys = make_keys(store)

@@ -479,13 +479,13 @@ def test_the_log_shows_where_but_never_the_key(caplog):
 
 
 def test_the_text_of_a_foreign_exception_is_not_logged(caplog):
-    # It may quote the key in a form that nobody would recognise.
+    # It may quote the key in a form that is not recognised.
     ask(UsageMiddleware(wrapped, Returns(RuntimeError(f"no row for {KEY[::-1]}"))), authorization=BEARER)
     assert "Returns failed: RuntimeError" in caplog.text
     assert KEY[::-1] not in caplog.text
 
 
-def test_what_is_no_error_of_the_store_passes_on():
+def test_an_exception_that_is_not_the_store_s_passes_on():
     class Interrupted:
         def get(self, key):
             raise KeyboardInterrupt

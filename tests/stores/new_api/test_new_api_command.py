@@ -46,7 +46,7 @@ def test_other_databases_are_known_not_to_be(tmp_path, request):
 
 
 @pytest.mark.parametrize("kind", ["mariadb", "postgresql"])
-def test_a_server_that_is_no_new_api_keeps_its_tables(url):
+def test_a_server_without_new_api_keeps_its_tables(url):
     assert not is_new_api(url)
     with create_engine(url, poolclass=NullPool).connect() as connection:
         count = "SELECT count(*) FROM information_schema.tables WHERE table_schema IN ('public', database())"

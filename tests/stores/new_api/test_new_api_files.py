@@ -26,12 +26,12 @@ from usage_middleware.stores.sqlite import reading
 
 
 def state_of(path):
-    """All that a reader might change."""
+    """Return all that a reader might change."""
     folder = Path(path).parent
     return {
         file.name: (file.read_bytes(), file.stat().st_mtime_ns, file.stat().st_ino)
         for file in folder.iterdir()
-        if not file.name.endswith("-shm")  # readers that are there at once tell each other so in it
+        if not file.name.endswith("-shm")  # concurrent readers record themselves in it
     }, sorted(os.listdir(folder))
 
 
@@ -74,7 +74,7 @@ def test_a_folder_that_is_read_only(sqlite_gateway, mode):
             os.setuid(65534)
         return f"{os.access(path, os.W_OK)} {os.access(path.parent, os.W_OK)} {store.get(KEY).name}"
 
-    # Up to where everybody can go.
+    # Up to a directory that everybody can enter.
     modes = {folder: folder.stat().st_mode for folder in path.parents if not folder.stat().st_mode & 0o001}
     modes |= {path: path.stat().st_mode, path.parent: path.parent.stat().st_mode}
     try:
@@ -113,7 +113,7 @@ def test_a_file_that_is_not_there(tmp_path):
     ("name", "message"),
     [(".", "cannot be opened: Is a directory"), ("no/one-api.db", "there is no file"), ("text", "not a database")],
 )
-def test_a_file_that_is_none(tmp_path, name, message):
+def test_a_file_that_is_not_a_database(tmp_path, name, message):
     (tmp_path / "text").write_text("no database, but long enough to be read as the header of one" * 20)
     with NewAPITokenStore(tmp_path / name) as store, pytest.raises(StoreError, match=message):
         store.get(KEY)

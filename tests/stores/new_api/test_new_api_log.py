@@ -236,7 +236,7 @@ def test_every_endpoint_answers(gateway):
         )
 
 
-def test_nothing_that_tells_of_others_is_told(gateway):
+def test_nothing_about_other_people_is_shown(gateway):
     add(with_log(gateway), {}, {"type": 5}, {"token_id": 2})
     with NewAPITokenStore(gateway.url) as store:
         assert SECRET.encode() not in get(store, "/api/log/token").body

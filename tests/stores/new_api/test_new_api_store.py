@@ -48,7 +48,7 @@ FULL_TOKEN = {
 }
 NULLS = dict.fromkeys([name for name in FULL if name != "user_id"])
 
-# What a row differs in from FULL, and the token from FULL_TOKEN; None: there is no token.
+# What a row differs in from FULL, and the token from FULL_TOKEN; None: it is not a token.
 ROWS = {
     "full": ({}, {}),
     "all NULL": (NULLS, {"name": "", "total_available": 0, "total_used": 0, "created_at": 0}),
@@ -87,7 +87,7 @@ def key_of(case):
 
 @pytest.fixture(scope="module", params=KINDS)
 def rows(request, tmp_path_factory):
-    """A database with a row of every kind."""
+    """Yield a database with a row of every kind."""
     with database_url(request.param, request, tmp_path_factory.mktemp("rows")) as url:
         gateway = Gateway(request.param, url)
         gateway.add_users()
@@ -166,7 +166,7 @@ def test_a_key_that_a_collation_takes_for_another(kind, url):
 
 
 @pytest.mark.parametrize("value", [None, 5, b"bytes"])
-def test_a_key_that_is_no_text(gateway, value):
+def test_a_key_that_is_not_a_text(gateway, value):
     with NewAPITokenStore(gateway.url) as store, pytest.raises(TypeError, match="a key must be a str"):
         store.get(value)
 
@@ -227,7 +227,7 @@ def test_quotas_of_every_type(kind, url):
     ("column", "value"),
     [("remain_quota", "much"), ("used_quota", 1.5), ("name", b"\xff"), ("unlimited_quota", "perhaps")],
 )
-def test_a_damaged_row_is_told_by_its_id_and_keeps_no_other(sqlite_gateway, column, value, caplog):
+def test_a_damaged_row_is_reported_by_its_id_and_hides_no_other(sqlite_gateway, column, value, caplog):
     with contextlib.closing(sqlite3.connect(sqlite_gateway.engine.url.database)) as connection, connection:
         connection.execute(f"INSERT INTO tokens (user_id, key, {column}) VALUES (1, 'damaged-key', ?)", (value,))
         if column == "name":
@@ -338,7 +338,7 @@ def test_it_is_asked_as_a_path_a_url_or_an_engine(sqlite_gateway, monkeypatch):
         ("postgresql+asyncpg://user:canary@host/name", (ValueError, ImportError)),
     ],
 )
-def test_what_is_no_database(value, error):
+def test_what_is_not_a_database(value, error):
     with pytest.raises(error) as raised:
         NewAPITokenStore(value)
     assert "canary" not in str(raised.value)

@@ -29,7 +29,7 @@ def test(postgresql, mariadb):
 
 
 def execute(url, *statements):
-    """Runs statements in one transaction; returns the rows of the last."""
+    """Run statements in one transaction. Return the rows of the last."""
     with create_engine(url, poolclass=NullPool).begin() as connection:
         *_, result = [connection.exec_driver_sql(statement) for statement in statements]
         return result.all() if result.returns_rows else None
@@ -58,7 +58,7 @@ def test_mariadb_takes_one_text_for_another(mariadb):
         ) == [("Key",)]
 
 
-def test_a_database_goes_though_somebody_is_connected(database_server):
+def test_a_database_is_dropped_while_a_client_is_connected(database_server):
     with database_server.database() as url:
         execute(url, "CREATE TABLE tokens (id integer)")
         connection = create_engine(url, poolclass=NullPool).connect()

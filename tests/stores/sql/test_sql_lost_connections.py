@@ -90,7 +90,7 @@ ALWAYS = ("url", "engine")
 
 
 def prepared(store):
-    """A token with a charge and an open reservation."""
+    """Return a token with a charge and an open reservation."""
     key, token = store.create(total_available=1000, model_limits={"m": 500})
     store.charge(key, 10, idempotency_key="charge")
     charge = store.find_operation(key, "charge")
@@ -105,7 +105,7 @@ def proxy(database):
 
 @contextmanager
 def over(proxy, database, kind, driver):
-    """A store whose connections go through a proxy."""
+    """Yield a store whose connections go through a proxy."""
     url = make_url(database.url).set(port=proxy.port)
     if driver == MYSQLCLIENT:
         url = url.set(drivername="mysql+mysqldb")

@@ -51,7 +51,7 @@ def seconds_of(call, says="did not answer within 2 s|not known whether"):
 
 @pytest.fixture
 def stores(disposable_server):
-    """A store by URL and one over an engine, both with a connection in their pools."""
+    """Yield a store by URL and one over an engine, both with a connection in their pools."""
     url = disposable_server.create_database()
     engine = create_engine(url)
     with (
@@ -134,7 +134,7 @@ def test_a_network_that_drops_everything(database_server, database_url):
 
 
 @pytest.mark.parametrize("driver", ["postgresql", "mysql"])
-def test_a_server_that_never_says_a_word(driver):
+def test_a_server_that_never_answers(driver):
     """One attempt at a connection, however many calls wait for a place in the pool."""
     with closing(socket.create_server(("127.0.0.1", 0), backlog=100)) as listening:
         port = listening.getsockname()[1]

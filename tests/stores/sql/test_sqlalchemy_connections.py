@@ -22,7 +22,7 @@ from usage_middleware import (
 
 
 def open_connections(store, count):
-    """Lets the pool have several, so that what dies is more than the one that is tried first."""
+    """Let the pool have several, so that what dies is more than the one that is tried first."""
     barrier = threading.Barrier(count)
     with ThreadPoolExecutor(count) as threads:
         for opened in [threads.submit(store._transact, lambda _: barrier.wait(DEADLINE)) for _ in range(count)]:

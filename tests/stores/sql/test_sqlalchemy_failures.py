@@ -83,7 +83,8 @@ def test_a_deadlock_is_resolved(database, store):
 
     with ThreadPoolExecutor(1) as thread, SQLAlchemyTokenStore(engine) as charging:
         with other.connect() as connection:
-            # The victim is to be the store: PostgreSQL takes who notices first, MariaDB who has done least.
+            # The store must be the victim: PostgreSQL chooses the transaction that notices first, MariaDB the one that
+            # did least.
             if not database.is_mysql:
                 connection.execute(text("SET deadlock_timeout = '60s'"))
             connection.execute(insert_operation("x", token.id))

@@ -79,7 +79,7 @@ print(crashes)
 
 
 def tables_of(database):
-    """All that the server says of the tables of a store."""
+    """Return all that the server says of the tables of a store."""
     with create_engine(database, poolclass=NullPool).connect() as connection:
         if connection.dialect.name == "postgresql":
             return sorted(
@@ -137,7 +137,8 @@ def test_processes_that_start_at_once_make_the_tables_once(database_server, data
 
 @pytest.fixture
 def plain_user(database_server, database_url):
-    """The URL of a user who may read and write what is there, and make nothing. Gives a function that grants that."""
+    """Yield the URL of a user that may read and write existing tables but make none, and a function that grants
+    that."""
     name = make_url(database_url).database
     is_mysql = database_server.driver.startswith("mysql")
     database_server.execute(
@@ -215,7 +216,7 @@ SIMILAR = [
 ]
 
 
-def test_texts_are_told_apart(store):
+def test_texts_are_distinguished(store):
     key, token = create(store, total_available=MOST, model_limits=dict.fromkeys(SIMILAR, True))
     for number, text in enumerate(SIMILAR, 1):
         store.charge(key, number, model=text, idempotency_key=text)
@@ -279,7 +280,7 @@ def test_totals_go_as_far_as_a_column(store):
 
 @contextmanager
 def server_log(database):
-    """A list of what the server is sent over the application's connections, which is there at the end."""
+    """Yield a list of what the server is sent over the application's connections, which is there at the end."""
     name, said = make_url(database.url).database, []
     if database.is_mysql:
         database.server.execute("SET GLOBAL log_output = 'TABLE'", "SET GLOBAL general_log = 1")

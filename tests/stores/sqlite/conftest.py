@@ -23,7 +23,7 @@ def store(path):
 
 @pytest.fixture(scope="module")
 def ledger(tmp_path_factory):
-    """The file of a ledger to which the calls can be made."""
+    """Return the file of a ledger to which the calls can be made."""
     path = tmp_path_factory.mktemp("ledger") / "tokens.db"
     make_ledger(path)
     return path
@@ -31,10 +31,10 @@ def ledger(tmp_path_factory):
 
 @pytest.fixture
 def folder():
-    """A directory that another user may enter, too: the path to ``tmp_path`` is for its owner alone."""
+    """Yield a directory that another user may enter, too: the path to ``tmp_path`` is for its owner alone."""
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o755)
-        # What is imported when it is first needed is imported by whoever may.
+        # What is imported at its first use is imported by a user that may read it.
         with SQLiteTokenStore(os.path.join(name, "other.db")) as store:
             store.get("no-such-key")
         os.unlink(os.path.join(name, "other.db"))

@@ -21,7 +21,7 @@ from usage_middleware import StoreError
 
 @contextmanager
 def files_no_larger_than(size):
-    """A disk with room for so much. What this process writes beyond fails, after what there is room for; it is no
+    """Yield a disk with room for so much. What this process writes beyond that room fails. It is not a
     signal that ends the process, as Python ignores that."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -42,8 +42,8 @@ class Attempt(NamedTuple):
 
 
 def call_on_a_full_disk(path, name, state, room):
-    """Makes a call while no file can grow further than what the log has and ``room`` bytes more; where it failed, once
-    more with room for all. Then closes the store without any, so that what is in the log has to stay there."""
+    """Make a call while no file can grow further than what the log has and ``room`` bytes more; where it failed, once
+    more with room for all. Then closes the store without any, so that what is in the log must stay there."""
     log = Path(f"{path}-wal")
     with nothing_random(), open_store(path) as store:
         if state != "closed":
@@ -70,7 +70,7 @@ def call_on_a_full_disk(path, name, state, room):
 
 @pytest.fixture(scope="module")
 def other_process():
-    """The one process that has no room."""
+    """Yield the one process that has no room."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield pool
 

@@ -279,9 +279,9 @@ def test_the_message_about_a_damaged_row_says_which(path, store):
 
 @contextmanager
 def no_space(path):
-    """A disk with room for what is there and no more: this process cannot make the log longer."""
+    """Yield a disk with room for what is there and no more: this process cannot make the log longer."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # While somebody else is connected the log stays as it is, and does not begin anew.
+    # While another process is connected, the log stays as it is and does not start again.
     with another_process(path, "SELECT count(*) FROM tokens"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(f"{path}-wal"), before[1]))
         try:
@@ -337,7 +337,7 @@ def test_what_fails_changes_nothing(path, store, use, event, resolution):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_what_is_interrupted_gives_the_lock_back(path, store, error):
+def test_an_interrupted_call_releases_the_lock(path, store, error):
     key, token = create(store)
 
     def work(transaction):

@@ -27,7 +27,7 @@ def ignore_that_threads_fork():
 
 
 def wait_for(child):
-    """What a child has exited with, or the number of the signal that ended it, as a negative number."""
+    """Return what a child has exited with, or the number of the signal that ended it, as a negative number."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -73,7 +73,7 @@ def test_what_a_child_has_charged_is_there(tmp_path, full):
 
 
 def fork_while_it_is_opened(path, seconds, patience):
-    """Forks while another thread is in the middle of opening the database, which takes so many seconds."""
+    """Fork while another thread is in the middle of opening the database, which takes so many seconds."""
     ignore_that_threads_fork()
     forks._PATIENCE = float(patience)
     make_database(f"{path}.other")  # what is imported when it is first needed is there then

@@ -34,7 +34,7 @@ from usage_middleware.stores.sqlite import connections
 
 
 def fork(in_child, *arguments, by=os.fork):
-    """Forks a child, which runs a function and then ends as any interpreter does; waits for its good end."""
+    """Fork a child that runs a function and exits as any interpreter does. Wait until it has exited with status 0."""
     child = by()
     if child == 0:
         in_child(*arguments)
@@ -91,7 +91,7 @@ def fork_after_use(path, in_child):
 
 
 def fork_in_c_after_use(path):
-    """Forks as C code does, behind Python's back."""
+    """Fork as C code does, without Python."""
     opened = watch_connections()
     store = SQLiteTokenStore(path)
     key, token = create(store, name="parent")
@@ -124,7 +124,7 @@ def fork_in_c_after_use(path):
 
 
 @needs_proc
-def test_a_fork_behind_python_s_back_leaves_a_child_without_the_database(path):
+def test_a_fork_by_c_code_leaves_a_child_without_the_database(path):
     in_a_process(fork_in_c_after_use, path)
     with SQLiteTokenStore(path) as store:
         assert [token.name for token in store.tokens()] == ["parent", "parent, afterwards"]
@@ -149,7 +149,7 @@ def test_a_store_that_was_used_may_be_forked(path, in_child, created):
 
 
 def become_a_daemon(path, count):
-    """Uses the store, forks, and goes on in the child, while the parent leaves."""
+    """Use the store, fork, and go on in the child, while the parent exits."""
     store = SQLiteTokenStore(path)
     store.create(name="parent")
     reader, writer = os.pipe()

@@ -81,7 +81,7 @@ def same(ledger):
 
 
 def idle(ledger):
-    """A store whose connections were closed, as after a fork."""
+    """Return a store whose connections were closed, as after a fork."""
     ledger.store._connections.close_idle()
     return ledger.store
 

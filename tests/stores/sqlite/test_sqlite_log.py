@@ -26,7 +26,7 @@ class Recording(NamedTuple):
 
 
 def some_of_everything(store, rounds):
-    """Makes one call after the other."""
+    """Make one call after the other."""
     for number in rounds:
         key, token = store.create(total_available=1000, model_limits={"gpt-4o": 500, "free": True})
         yield
@@ -57,7 +57,7 @@ def some_of_everything(store, rounds):
 
 
 def copy(path):
-    """The bytes of a file that is in use. Another process reads it: closing it here would give up SQLite's locks
+    """Return the bytes of a file that is in use. Another process reads it: closing it here would release SQLite's locks
     (sqlite.org/howtocorrupt.html, section 2.2)."""
     return subprocess.run(["cat", path], stdout=subprocess.PIPE, check=True).stdout
 

@@ -24,7 +24,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another
 
 
 def as_another_user(function):
-    """What ``function`` returns in a process of a user who owns nothing."""
+    """Return what ``function`` returns in a process of a user who owns nothing."""
 
     def become_another_user():
         os.setgroups([])
@@ -36,7 +36,7 @@ def as_another_user(function):
 
 
 def files_beside(path):
-    """The database's files: their owners and permissions."""
+    """Return the database's files: their owners and permissions."""
     return {
         name: (status.st_uid, stat.S_IMODE(status.st_mode))
         for name in sorted(os.listdir(path.parent))
@@ -45,7 +45,7 @@ def files_beside(path):
 
 
 def charges(path, key):
-    """Charges until its input is closed, or it is killed."""
+    """Charge until its input is closed, or it is killed."""
     store = SQLiteTokenStore(path)
     print(store.charge(key, 1).total_used, flush=True)
     sys.stdin.read()
@@ -75,7 +75,7 @@ def closed(path, key):
 
 @contextmanager
 def crashed(path, key):
-    """What was charged is in a log that was left."""
+    """Leave what was charged in a log."""
     with in_use(path, key) as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -85,7 +85,7 @@ def crashed(path, key):
 
 @pytest.fixture
 def owned(folder):
-    """A database that everyone may read, and the key of a token in it."""
+    """Return a database that everyone may read, and the key of a token in it."""
     path = folder / "tokens.db"
     with SQLiteTokenStore(path) as store:
         key, _ = create(store)
@@ -114,7 +114,7 @@ def test_another_user_reads_it_and_leaves_nothing(owned, state, folder_mode):
 
 
 @as_root
-def test_a_copy_that_nobody_may_write_is_read(owned):
+def test_a_copy_that_no_user_may_write_is_read(owned):
     path, key = owned
     path.chmod(0o444)
     path.parent.chmod(0o555)
@@ -185,7 +185,7 @@ def test_a_reader_sees_what_is_written_between_its_reads(owned):
 
 
 def charge_and_close(path, key, seconds):
-    """Opens it, charges and closes it, over and over."""
+    """Open, charge and close it, over and over."""
     deadline = time.monotonic() + float(seconds)
     while time.monotonic() < deadline:
         with SQLiteTokenStore(path, synchronous="OFF") as store:

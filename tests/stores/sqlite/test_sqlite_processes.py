@@ -76,7 +76,7 @@ def test_a_thread_for_each_request_leaks_nothing(path, store):
 
 
 @needs_proc
-def test_a_store_that_nobody_has_any_more_gives_its_files_back(path):
+def test_a_store_that_is_freed_closes_its_files(path):
     store = SQLiteTokenStore(path)
     use_two_connections(store, create(store)[0])
     assert count_connections(path) == 2
@@ -102,7 +102,7 @@ def test_the_end_of_the_interpreter_closes_the_store(path):
 
 
 def start_workers(count, target, *arguments):
-    """Forks workers that run ``target(number, barrier, *arguments)``, and waits for their end."""
+    """Fork workers that run ``target(number, barrier, *arguments)``, and wait for their end."""
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(count)
     workers = [context.Process(target=target, args=(number, barrier, *arguments)) for number in range(count)]

@@ -37,7 +37,7 @@ class Statements:
 
 @pytest.fixture
 def statements(monkeypatch):
-    """Watches the connections that are opened from now on. When the test is done with them, all are closed."""
+    """Watch the connections that are opened from now on. When the test is done with them, all are closed."""
     statements = Statements()
     opened = []
 
@@ -60,7 +60,7 @@ def statements(monkeypatch):
             try:
                 statements.reach((number, "after"))
             except BaseException:
-                cursor.close()  # which nobody but this frame, and so the traceback, has
+                cursor.close()  # only this frame, and so the traceback, has it
                 raise
             return cursor
 
@@ -74,7 +74,7 @@ def statements(monkeypatch):
     left = [connection for connection in opened if not connection.is_closed]
     for connection in left:
         connection.close()
-    assert not left, "connections that nobody closed"
+    assert not left, "connections that were not closed"
 
 
 def disk_full():
@@ -102,7 +102,7 @@ each_error = pytest.mark.parametrize(
 
 
 def check_every_statement(start, call, statements, error, raised):
-    """Makes a call, and then once for each of its statements, which fails.
+    """Make a call, and then once for each of its statements, which fails.
 
     :param start: given a name, returns a path of its own and a store there; they are the same but for that.
     """

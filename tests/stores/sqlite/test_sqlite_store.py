@@ -90,7 +90,7 @@ def test_an_impossible_argument_is_named(arguments, error):
 
 
 @pytest.mark.parametrize("path", ["", ":memory:", "file::memory:?cache=shared"])
-def test_who_wants_memory_is_told_where_it_is(path):
+def test_a_path_for_memory_is_refused_with_advice(path):
     with pytest.raises(ValueError, match="MemoryTokenStore"):
         SQLiteTokenStore(path)
 
@@ -162,7 +162,7 @@ def test_synchronous_is_as_it_was_asked_for(path, mode, number):
 
 def test_digests_are_in_the_files_and_never_keys(path, store):
     kept, _ = create(store)
-    brought, _ = create(store, key="a-key-that-somebody-brought")
+    brought, _ = create(store, key="a-key-that-an-operator-chose")
     rotated, token = create(store)
     new = strip_prefix(store.rotate(token.id))
     deleted, token = create(store)

@@ -26,7 +26,7 @@ class Store(SQLiteTokenStore):
 
 
 def host(environ, start_response):
-    """The wrapped application: rows of the table, and answers that tests control."""
+    """Return the wrapped application: rows of the table, and answers that tests control."""
     kind = environ["PATH_INFO"].lstrip("/")
     if kind == "echo":
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))

@@ -52,7 +52,7 @@ class Front:
         return (self.directory / "log").read_text(errors="replace")
 
     def token(self, total_available=10_000):
-        """A token of the test's own: its key and its id."""
+        """Return a token of the test's own: its key and its id."""
         key, token = self.store.create(key=next(keys), total_available=total_available)
         return key, token.id
 
@@ -65,8 +65,8 @@ class Front:
             return connection.read(method)
 
     def settled(self, token_id, count=1):
-        """The settled operations of a token, oldest first, once there are so many: a server may close an answer a
-        moment after its last byte is sent. granian may never close it; then it is settled with a later request."""
+        """Return the settled operations of a token, oldest first, once there are so many: a server may close an answer
+        a moment after its last byte is sent. granian may never close it; then it is settled with a later request."""
         other, _ = self.token() if self.name == "granian" else ("", None)
         deadline = time.monotonic() + WAIT
         while True:
@@ -95,7 +95,7 @@ def leave(client):
 
 
 def body_so_far(received):
-    """The body in what was received, whatever its coding."""
+    """Return the body in what was received, whatever its coding."""
     head, _, body = received.partition(b"\r\n\r\n")
     if b"chunked" not in head.lower():
         return body

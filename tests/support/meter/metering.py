@@ -45,7 +45,7 @@ class Served:
         return self.heads[-1][1]
 
     def next(self):
-        """The next chunk, as a server asks for it."""
+        """Return the next chunk, as a server asks for it."""
         if self.iterator is None:
             self.iterator = iter(self.result)
         chunk = next(self.iterator)
@@ -150,7 +150,7 @@ class Metered:
         return settlement
 
     def settled(self):
-        """The settlement as a short text: units, basis, outcome."""
+        """Return the settlement as a short text: units, basis, outcome."""
         assert self.used == self.settlement.units
         return self.settlement.units, self.settlement.basis, self.settlement.outcome
 

@@ -84,19 +84,20 @@ class Browser:
         return self.driver.execute_script(source, *arguments)
 
     def messages(self) -> list[str]:
-        """What the console says since the last call, without the browser's own note of each status of 400 and above."""
+        """Return what the console says since the last call, without the browser's own note of each status of 400 and
+        above."""
         entries = self.driver.get_log("browser")
         return [entry["message"] for entry in entries if "Failed to load resource" not in entry["message"]]
 
     def requests(self) -> list[str]:
-        """The addresses that were asked for since the last call."""
+        """Return the addresses that were asked for since the last call."""
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
 
 
 @contextmanager
 def served(application: Any) -> Iterator[str]:
-    """The address at which an application is served by threads of this process."""
+    """Yield the address at which an application is served by threads of this process."""
     logging.getLogger("werkzeug").setLevel(logging.INFO)
     server = make_server("127.0.0.1", 0, application, threaded=True)
     thread = threading.Thread(target=server.serve_forever)

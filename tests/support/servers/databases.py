@@ -87,11 +87,11 @@ class Server:
         raise NotImplementedError
 
     def create_database(self) -> str:
-        """Makes an empty database of the application's. Returns its URL."""
+        """Make an empty database of the application's. Return its URL."""
         raise NotImplementedError
 
     def drop_database(self, url: str) -> None:
-        """Removes a database, whoever is still connected to it."""
+        """Remove a database, whoever is still connected to it."""
         raise NotImplementedError
 
     def __enter__(self) -> Server:
@@ -111,7 +111,7 @@ class Server:
 
     @contextmanager
     def database(self) -> Iterator[str]:
-        """The URL of an empty database, which is there for a while."""
+        """Yield the URL of an empty database, which is there for a while."""
         url = self.create_database()
         try:
             yield url
@@ -120,11 +120,11 @@ class Server:
 
     @contextmanager
     def not_durable(self, url: str) -> Iterator[None]:
-        """Lets commits to that database not wait for the disk for a while, for tests that nothing of it matters to."""
+        """Let commits to that database not wait for the disk, for tests to which that does not matter."""
         raise NotImplementedError
 
     def execute(self, *statements: str, database: str | None = None) -> list[Any]:
-        """Runs statements as the administrator, each in a transaction of its own; returns the rows of the last."""
+        """Run statements as the administrator, each in a transaction of its own. Return the rows of the last."""
         engine = create_engine(
             self.url(database or self.no_database, user=ADMINISTRATOR),
             poolclass=NullPool,
@@ -139,7 +139,7 @@ class Server:
         return rows
 
     def start(self) -> None:
-        """Starts it, on the port where it was and with what it had, and waits until it answers."""
+        """Start it, on the same port and with the same data, and wait until it answers."""
         assert self._process is None, "the server runs"
         with self.log.open("ab") as log:
             # A session of its own: an interrupt at the keyboard is for the tests, which then stop the server.
@@ -167,15 +167,15 @@ class Server:
         return None
 
     def stop(self) -> None:
-        """Stops it in order: what is running is rolled back, connections are closed."""
+        """Stop it in order: what is running is rolled back, connections are closed."""
         self._end(self._stop_signal)
 
     def kill(self) -> None:
-        """Kills all of it at once, with ``kill -9``."""
+        """Kill all of it at once, with ``kill -9``."""
         self._end(signal.SIGKILL)
 
     def close(self) -> None:
-        """Ends it, if it still runs, and removes its files."""
+        """Stop it, if it still runs, and remove its files."""
         if self._process is not None:
             self._end(self._end_signal)
         assert self._guard.stdin is not None
@@ -215,7 +215,7 @@ class Server:
             raise RuntimeError(done.stdout.decode(errors="replace"))
 
     def _give(self, *paths: Path) -> None:
-        """Lets the server's user have these files, and what is below them."""
+        """Let the server's user have these files, and what is below them."""
         if self._user:
             for path in paths:
                 for file in (path, *path.rglob("*")):
@@ -223,7 +223,7 @@ class Server:
 
 
 def is_running(pid: int) -> bool:
-    # Where nobody has waited for it, it is a zombie, which holds nothing any more.
+    # If its parent has not waited for it, it is a zombie, which holds nothing any more.
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -358,7 +358,7 @@ class MariaDB(Server):
         return self.url(name)
 
     def drop_database(self, url: str) -> None:
-        # It would wait for the transaction of anybody who is connected.
+        # It would wait for the transaction of every connected client.
         for (connection,) in self.execute(f"SELECT id FROM information_schema.processlist WHERE db = '{_name(url)}'"):
             with suppress(OperationalError):  # It has gone by itself.
                 self.execute(f"KILL {connection}")
@@ -383,7 +383,7 @@ def _name(url: str) -> str:
 
 
 class Database:
-    """A database in which a test looks behind a store, and which is emptied instead of made anew."""
+    """A database that a test reads directly, behind a store. It is emptied between tests, not made again."""
 
     def __init__(self, server: Server, url: str) -> None:
         self.server = server
@@ -394,7 +394,7 @@ class Database:
         self.engine = create_engine(url, isolation_level="AUTOCOMMIT", execution_options={"no_parameters": True})
 
     def execute(self, *statements: str) -> list[Any]:
-        """Runs statements, each in a transaction of its own; returns the rows of the last."""
+        """Run statements, each in a transaction of its own. Return the rows of the last."""
         rows: list[Any] = []
         with self.engine.connect() as connection:
             for statement in statements:
@@ -403,7 +403,7 @@ class Database:
         return rows
 
     def empty(self) -> None:
-        """Takes every row out of the tables of a store, but for the version that they have."""
+        """Delete every row from the tables of a store, except their version."""
         if not self._names:
             names = [name for name in inspect(self.engine).get_table_names() if name.startswith("usage_")]
             self._names = [name for name in names if name != "usage_schema"]
@@ -412,7 +412,7 @@ class Database:
 
 @contextmanager
 def shared(server: Server) -> Iterator[Database]:
-    """A database for many tests. What they commit need not survive a power failure."""
+    """Yield a database for many tests. What they commit need not survive a power failure."""
     with server.database() as url, server.not_durable(url):
         database = Database(server, url)
         try:

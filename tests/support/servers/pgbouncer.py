@@ -21,7 +21,7 @@ _STARTS_WITHIN = 30  # seconds
 
 @contextmanager
 def pooled(url, *, pool_mode="transaction", size=3):
-    """The URL of the same database through PgBouncer, with a few server connections for all clients."""
+    """Yield the URL of the same database through PgBouncer, with a few server connections for all clients."""
     program = find_program("pgbouncer", "pgbouncer")
     target = make_url(url)
     port = free_port()

@@ -20,7 +20,7 @@ _UWSGI = (
 
 
 def commands(module: str) -> dict[str, list[str]]:
-    """The arguments of Python that serve ``app`` of a module, by the name of the server."""
+    """Return the arguments of Python that serve ``app`` of a module, by the name of the server."""
     place = f"{module}:app"
     return {
         "wsgiref": ["-c", _MAKE_SERVER.format(module, "wsgiref.simple_server", ""), "{port}"],

@@ -18,7 +18,7 @@ class Connection:
         self.file = sock.makefile("rb")
 
     def head(self):
-        """The request up to the empty line, as a start line and a list of headers."""
+        """Return the request up to the empty line, as a start line and a list of headers."""
         start = self.file.readline().decode("latin-1").rstrip("\r\n")
         headers = []
         while (line := self.file.readline()) not in (b"\r\n", b""):
@@ -27,7 +27,7 @@ class Connection:
         return start, headers
 
     def request(self):
-        """The whole request: start line, headers, and the body as its headers frame it."""
+        """Return the whole request: start line, headers, and the body as its headers frame it."""
         start, headers = self.head()
         fields = {name.lower(): value for name, value in headers}
         if "content-length" in fields:
@@ -46,7 +46,7 @@ class Connection:
         self.socket.sendall(data)
 
     def rest(self):
-        """What the other side still sends until it closes the connection."""
+        """Return what the other side still sends until it closes the connection."""
         received = b""
         with suppress(ConnectionResetError):
             while piece := self.file.read1(65536):
@@ -84,7 +84,7 @@ class Service:
         return f"http://127.0.0.1:{self.port}"
 
     def result(self):
-        """What ``handle`` returned for the next connection that ended; what it raised is raised."""
+        """Return what ``handle`` returned for the next connection that ended; what it raised is raised."""
         result = self.returned.get(timeout=WAIT)
         if isinstance(result, BaseException):
             raise result
@@ -132,7 +132,7 @@ def serving(handle, **options):
 
 
 def answering(answer):
-    """A ``handle`` that reads one request, sends ``answer``, and returns the request."""
+    """Return a ``handle`` that reads one request, sends ``answer``, and returns the request."""
 
     def handle(connection):
         request = connection.request()
@@ -143,7 +143,7 @@ def answering(answer):
 
 
 def bodies(result):
-    """The pieces of a WSGI result, after which it is closed."""
+    """Yield the pieces of a WSGI result, after which it is closed."""
     try:
         yield from result
     finally:

@@ -30,7 +30,7 @@ class Stream:
 
 
 def host(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-    """The wrapped application. A path that it does not know is answered with what the request asked for."""
+    """Return the wrapped application. A path that it does not know is answered with what the request asked for."""
     method, prefix, path = environ["REQUEST_METHOD"], environ["SCRIPT_NAME"], environ["PATH_INFO"]
     headers = [("Content-Type", "text/plain")]
     if path == "/stream":
@@ -52,7 +52,7 @@ def host(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[by
 
 
 def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-    """Adds to every response which process it comes from."""
+    """Add to every response which process it comes from."""
 
     def start(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
         return start_response(status, [*headers, ("Served-By", str(os.getpid()))], *exc_info)

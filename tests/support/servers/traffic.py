@@ -47,7 +47,7 @@ def not_found(key):
 
 
 def mix(keys, disabled, seed):
-    """Every kind of request, over and over.
+    """Yield every kind of request, over and over.
 
     :param keys: the names of tokens, by key.
     :param disabled: the key of a disabled token.
@@ -84,7 +84,7 @@ class Link:
         self.lost = 0
 
     def ask(self, request, **headers):
-        """Which process has answered ``request``, as it must be answered."""
+        """Return which process has answered ``request``, as it must be answered."""
         if request.authorization is not None:
             headers["Authorization"] = request.authorization
         while (answer := self._answer(request, headers)) is None:
@@ -96,7 +96,7 @@ class Link:
         return int(response.headers["Served-By"])
 
     def _answer(self, request, headers):
-        """None where a worker has ended before its answer, or within it. No answer in time, and nobody who listens,
+        """Return the answer, or ``None`` if a worker has ended before or during it. No answer in time, and no listener,
         are errors."""
         try:
             self._connection.request(request.method, request.path, headers=headers)
@@ -106,7 +106,7 @@ class Link:
             return None
 
     def close(self):
-        """The next request opens it anew."""
+        """Close the connection. The next request opens it again."""
         self._connection.close()
 
 
@@ -135,7 +135,7 @@ REQUESTS_PER_CONNECTION = 50  # or all would stay with the worker that stays
 
 
 def ask_all(ports, keys, disabled, seed):
-    """A client's process: asks every server over several connections, at a steady rate."""
+    """Run a client's process: ask every server over several connections, at a steady rate."""
     seen = Seen()
     one_at_a_time = threading.Lock()
 
@@ -209,7 +209,7 @@ class Books:
 
 
 def operate(database, ports, seed):
-    """The operator's process. What it has done, each worker knows at once."""
+    """Run the operator's process. Each worker sees at once what it has done."""
     numbers = random.Random(seed)
     books = Books([], Counter(), Counter(), Counter())
     accounts = books.accounts

@@ -97,7 +97,7 @@ class Connection:
             self._socket.sendall(data)
 
     def read(self, method: bytes) -> Answer | None:
-        """The answer to a request, or ``None`` where the server has closed the connection instead."""
+        """Return the answer to a request, or ``None`` if the server has closed the connection instead."""
         try:
             line = self._file.readline()
         except ConnectionResetError:
@@ -120,7 +120,7 @@ class Connection:
         return Answer(status, headers, body, status_line[1] == b"0" or fields.get("connection") == "close")
 
     def rest(self) -> bytes:
-        """What the server sends until it closes the connection, to a client that has nothing more to say."""
+        """Return what the server sends until it closes the connection, to a client that has nothing more to say."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
         data = b""
@@ -162,7 +162,7 @@ class Server:
         return closing(Connection(self.port))
 
     def ask(self, method: bytes, target: bytes, *headers: bytes, body: bytes = b"") -> Answer:
-        """The answer to a request on a connection of its own. Nothing may follow it."""
+        """Return the answer to a request on a connection of its own. Nothing may follow it."""
         with self.connect() as connection:
             connection.send(message(method, target, *headers, b"Connection: close", body=body))
             answer = connection.read(method)
@@ -173,7 +173,7 @@ class Server:
 
 @contextmanager
 def running(name: str, directory: Path, **environment: str) -> Iterator[Server]:
-    """A server in a process of its own, over a database with one token."""
+    """Yield a server in a process of its own, over a database with one token."""
     database, log = directory / "tokens.db", directory / "log"
     with SQLiteTokenStore(database) as store:
         store.create(name="Grüne Bohne", total_available=1000, key=KEY)
@@ -185,7 +185,7 @@ def running(name: str, directory: Path, **environment: str) -> Iterator[Server]:
 def started(
     arguments: list[str], database: Path, log: Path, **environment: str
 ) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """The process that serves the database, and its port."""
+    """Yield the process that serves the database, and its port."""
     port = free_port()
     environment = processes.environment(
         **{"PYTHONWARNINGS": "default::ResourceWarning", "TOKENS_DATABASE": str(database), **environment}

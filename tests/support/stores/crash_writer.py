@@ -33,7 +33,7 @@ class Step(NamedTuple):
 
 
 def steps(life):
-    """The calls of a life, without end. Each changes something."""
+    """Yield the calls of a life, without end. Each changes something."""
     numbers = random.Random(life)
     for number in itertools.count():
         name = f"{life}/{number}"
@@ -70,7 +70,7 @@ def live(text, key, life, reports, others):
 
 
 def live_and_die(text, key, life):
-    """Returns how many calls of a life have returned before it was killed."""
+    """Return how many calls of a life have returned before it was killed."""
     reading, writing = os.pipe()
     process = PROCESSES.Process(target=live, args=(text, key, life, writing, reading))
     process.start()

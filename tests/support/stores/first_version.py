@@ -64,7 +64,7 @@ PRAGMA journal_mode = WAL;
 
 
 def make_first_version(path):
-    """Makes an SQLite database of the first version, whose token has the key ``KEY``."""
+    """Make an SQLite database of the first version, whose token has the key ``KEY``."""
     with closing(sqlite3.connect(path)) as connection:
         connection.executescript(SQLITE)
         connection.execute("UPDATE tokens SET digest = ?", (key_digest(KEY),))

@@ -55,7 +55,7 @@ CREATE TABLE {q}users{q} ({q}id{q} {id}, {q}username{q} {string}, {q}status{q} {
 """
 
 
-# Nobody had counted, limited or deleted anything yet.
+# Nothing was counted, limited or deleted yet.
 OLDEST = """
 CREATE TABLE {q}tokens{q} ({q}id{q} {id}, {q}user_id{q} {int}, {q}key{q} {key}, {q}status{q} {int} DEFAULT 1,
 {q}name{q} {string}, {q}expired_time{q} {int} DEFAULT -1, {q}remain_quota{q} {int} DEFAULT 0);
@@ -103,7 +103,7 @@ def endpoint(store):
 
 @contextlib.contextmanager
 def database_url(kind, request, tmp_path):
-    """The URL of an empty database."""
+    """Yield the URL of an empty database."""
     if kind == "sqlite":
         yield f"sqlite:///{tmp_path / 'one-api.db'}"
     else:

@@ -7,11 +7,11 @@ from usage_middleware.keys import strip_prefix
 
 
 def create(store, **fields):
-    """Adds a token; returns its key as stores see it, and the token."""
+    """Add a token. Return its key as stores see it, and the token."""
     key, token = store.create(**{"total_available": 1000, **fields})
     return strip_prefix(key), token
 
 
 def status(store, key):
-    """The status that the endpoint has for a key."""
+    """Return the status that the endpoint has for a key."""
     return ask(UsageMiddleware(wrapped, store), authorization=f"Bearer {key}").status

@@ -54,7 +54,7 @@ class Model:
     # --- What is read.
 
     def totals(self, token_id):
-        """What is used, available and held, and when the quota renews: as a read shows it, with a new period."""
+        """Return what is used, available and held, and when the quota renews: as a read shows it, with a new period."""
         operations, granted, renews_at = self.in_its_period(token_id, self.operations)
         return (
             held(operations, token_id=token_id),
@@ -215,7 +215,7 @@ class Model:
         del self.tokens[token_id]
 
     def prune(self, before):
-        """Returns how many operations it forgot. They go on to count."""
+        """Return how many operations it forgot. They go on to count."""
         lapsed_before = min(before, self.now)
         lapsed = [entry["token_id"] for entry in self.operations if has_lapsed(entry, lapsed_before) and entry["held"]]
         for token_id in sorted(set(lapsed)):
@@ -243,7 +243,7 @@ class Model:
         return self.tokens[token_id]
 
     def made(self, token_id, idempotency_key):
-        """The operation that the token has under this key, or ``None``."""
+        """Return the operation that the token has under this key, or ``None``."""
         named = [entry for entry in self.history(token_id) if entry["idempotency_key"] == idempotency_key]
         return named[0] if named and idempotency_key is not None else None
 
@@ -263,8 +263,8 @@ class Model:
         return {**_BLANK, **times, "token_id": token_id, "idempotency_key": idempotency_key, **fields}
 
     def up_to_date(self, token_id, lapsed_by=None):
-        """The operations after a new period has begun, and what lapsed is released; what was granted, and the time of
-        the next period."""
+        """Return the operations after a new period has begun, and what lapsed is released; what was granted, and the
+        time of the next period."""
         operations, granted, renews_at = self.in_its_period(token_id, self.operations)
         lapsed_by = self.now if lapsed_by is None else lapsed_by
         for entry in operations:
@@ -316,7 +316,7 @@ def next_start(renewal, now):
 
 
 def held(operations, **which):
-    """The units that those operations hold, pruned ones included."""
+    """Return the units that those operations hold, pruned ones included."""
     return sum(entry["held"] for entry in operations if all(entry[name] == value for name, value in which.items()))
 
 

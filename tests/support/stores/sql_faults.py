@@ -17,7 +17,7 @@ from usage_middleware import (
 
 @contextmanager
 def hooked_store(database, beginning, hook, **options):
-    """A store that calls ``hook`` once, when it is about to send a statement that begins so."""
+    """Yield a store that calls ``hook`` once, when it is about to send a statement that begins so."""
     engine = create_engine(database.url, **options)
     hooks = [hook]
 
@@ -65,7 +65,8 @@ DIE = {"postgresql": "PERFORM pg_terminate_backend(pg_backend_pid())", "mariadb"
 
 @contextmanager
 def failing(database, action, times, *, deferred=False):
-    """Every operation that is inserted fails, the first times. Gives a function that tells how many were tried."""
+    """Let every operation that is inserted fail, the first times. Yield a function that returns how many were
+    tried."""
     name = "mariadb" if database.is_mysql else "postgresql"
     fields = {
         "times": times,
@@ -99,9 +100,9 @@ def again(state, number):
 
 
 def waits(database):
-    """Whether some transaction waits for a lock of another."""
+    """Return whether some transaction waits for a lock of another."""
     if database.is_mysql:
-        # What this table shows is made anew only where nobody has read it for a tenth of a second.
+        # The contents of this table are renewed only if it has not been read for a tenth of a second.
         time.sleep(0.15)
         return database.server.execute("SELECT * FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'")
     return database.server.execute("SELECT * FROM pg_locks WHERE NOT granted")

@@ -18,7 +18,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open
 
 
 def sql(path, *statements):
-    """Runs statements in the database as another program does; returns the rows of the last."""
+    """Run statements in the database as another program does. Return the rows of the last."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         for statement in statements:
             rows = connection.execute(statement).fetchall()
@@ -26,14 +26,14 @@ def sql(path, *statements):
 
 
 def content(path):
-    """The bytes of the database's files. Another process reads them: closing a file would give up the locks that
+    """Return the bytes of the database's files. Another process reads them: closing a file would release the locks that
     SQLite has on it in this one (sqlite.org/howtocorrupt.html, section 2.2)."""
     names = [f"{path}{suffix}" for suffix in SUFFIXES if os.path.exists(f"{path}{suffix}")]
     return subprocess.run(["cat", *names], stdout=subprocess.PIPE, check=True).stdout
 
 
 def open_files(path):
-    """The open files of this process that belong to the database: their numbers and names."""
+    """Return the open files of this process that belong to the database: their numbers and names."""
     files = {}
     for number in os.listdir("/proc/self/fd"):
         try:
@@ -46,13 +46,13 @@ def open_files(path):
 
 
 def count_connections(path):
-    """How many connections to the database this process has. Each has the log open for itself."""
+    """Return how many connections to the database this process has. Each has the log open for itself."""
     return list(open_files(path).values()).count(f"{path}-wal")
 
 
 @contextmanager
 def another_process(path, *statements):
-    """Another process that has run statements in the database and keeps its connection until the end."""
+    """Yield another process that has run statements in the database and keeps its connection until the end."""
     program = (
         "import sqlite3, sys\n"
         "connection = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
@@ -69,7 +69,7 @@ def another_process(path, *statements):
 
 
 def watch_connections():
-    """A list of the connections that this process opens from now on, and a child of it from the fork on."""
+    """Return a list of the connections that this process opens from now on, and a child of it from the fork on."""
     opened = []
 
     def hook(event, arguments):
@@ -87,7 +87,7 @@ def use_two_connections(store, key):
 
 @contextmanager
 def without_privileges():
-    """As somebody who is bound by the permissions of files, which root is not."""
+    """Act as a user to whom the permissions of files apply, unlike root."""
     if os.geteuid() != 0:
         yield
         return

@@ -17,7 +17,7 @@ A_LOT = 10**12
 
 
 def content(path):
-    """The rows of each table that has any, of a database that is sound and that nobody has locked."""
+    """Return the rows of each table that has any, of a database that is sound and that is not locked."""
     with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
@@ -29,8 +29,8 @@ def content(path):
 
 
 def open_store(path, *, now=NOW, synchronous="OFF"):
-    """A store whose clock stands still, and which waits for nobody. No power fails here, so it need not wait for the
-    disk either."""
+    """Return a store whose clock stands still, and which does not wait for locks. No power fails here, so it need not
+    wait for the disk either."""
     return SQLiteTokenStore(path, timeout=0, synchronous=synchronous, clock=lambda: now)
 
 
@@ -45,7 +45,7 @@ def nothing_random(first_id=1):
 
 
 def _always_the_same(call):
-    """Lets a call leave the same rows whenever it is made of the same ledger."""
+    """Let a call leave the same rows whenever it is made of the same ledger."""
 
     def called(store):
         with nothing_random():
@@ -59,7 +59,7 @@ CHARGE, OPEN, LAPSED, REFUND = (uuid.UUID(int=number).hex for number in (100, 20
 
 
 def make_ledger(path):
-    """Makes a ledger to which all of the calls can be made."""
+    """Make a ledger to which all of the calls can be made."""
     with open_store(path, now=NOW - 2 * A_DAY) as store:
         for key in ("one", "two", "three"):
             store.create(key=key, total_available=1000, model_limits={"gpt-4o": 500, "free": True})
@@ -113,7 +113,7 @@ READS = {
 CALLS = {**WRITES, **READS}
 # Takes a transaction for each token whose reservations it releases, and others to forget operations.
 SEVERAL_TRANSACTIONS = ("prune that takes back",)
-# A caller who does not know whether they were made calls again.
+# A caller that does not know whether they were made calls again.
 REPEATABLE = (
     "charge with a name",
     "charge that renews",
