@@ -45,7 +45,7 @@ _ENVIRON = {
     "HTTP_AUTHORIZATION": "",
 }
 
-# The same as an ASGI server tells it. The authorization goes in front.
+# The same request in the form of an ASGI server. The authorization goes in front.
 _HEADERS = [
     (name.removeprefix("HTTP_").lower().replace("_", "-").encode(), str(value).encode())
     for name, value in _ENVIRON.items()
@@ -65,7 +65,7 @@ _SCOPE = {
     "server": ("127.0.0.1", 8000),
 }
 
-# What a server does: it sends what it is given, and closes it.
+# The work of a server: it sends the chunks of a body, and closes it.
 SERVE = """\
 body = app(item, start_response)
 for chunk in body:

@@ -1,4 +1,4 @@
-"""What a durable charge costs, alone and with many who charge at once."""
+"""What a durable charge costs, alone and with many processes that charge at once."""
 
 from __future__ import annotations
 

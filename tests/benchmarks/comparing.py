@@ -69,7 +69,7 @@ PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one contender."""
+    """The measurements of one contender."""
 
     name: str
     value: float  # in the table's unit

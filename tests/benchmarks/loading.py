@@ -93,7 +93,7 @@ def _accepts(port: int) -> bool:
 
 
 def ask(server: Running, connections: int, script: Path, *arguments: Path, path: str = "") -> Load:
-    """Return what comes of asking a server for a while."""
+    """Ask a server for a while, and return the result."""
     options = ["--threads", "1", "--connections", str(connections), "--duration", f"{_SECONDS}s", "--timeout", "30s"]
     command = ["wrk", *options, "--script", script, f"http://127.0.0.1:{server.port}{path}", "--", *arguments]
     processor_time = _processor_time(server.process_id)
@@ -107,7 +107,7 @@ def ask(server: Running, connections: int, script: Path, *arguments: Path, path:
 
 
 def _processor_time(session: int) -> float:
-    """Return the seconds that the processes of a session have run, where the system tells it (proc_pid_stat(5))."""
+    """Return the seconds that the processes of a session have run, if the system reports it (proc_pid_stat(5))."""
     ticks = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended

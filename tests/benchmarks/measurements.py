@@ -37,7 +37,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 from usage_middleware import MemoryTokenStore, UsageMiddleware
 
-# Two are as long as the usage path, with and without its slash: texts of another length are told apart sooner.
+# Two are as long as the usage path, with and without its slash: texts of another length are distinguished sooner.
 _OTHER_PATHS = ("/v1/chat/completions", "/v1/models/mini-1", "/api/usage/quota", "/static/app.css")
 _MOST_IN_MEMORY = 100_000
 

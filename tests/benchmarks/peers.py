@@ -1,4 +1,4 @@
-"""The same answer, as people write it elsewhere: what a usage request is compared with.
+"""The same answer, written with other frameworks. A usage request is compared with these.
 
 Each peer looks the key's digest up in the database that ``SQLiteTokenStore`` made, and sends the same answer. Where
 a framework leaves a choice, the faster one is taken: Django without middleware and with a lasting connection,
@@ -29,7 +29,7 @@ from usage_middleware import SQLiteTokenStore, UsageMiddleware
 _MOST_THREADS = 64
 _CONTENT_TYPE = "application/json; charset=utf-8"
 
-# What the wire contract has on every answer, beside its content type and length.
+# The headers that the wire contract requires on every answer, beside its content type and length.
 _HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",

@@ -90,7 +90,7 @@ def _memory(paths: dict[int, Path], requests: int) -> Iterator[Result]:
 
 @dataclass(frozen=True)
 class Load:
-    """What came of asking for a while."""
+    """The result of asking for a while."""
 
     per_second: float
     latencies: Sequence[float]  # seconds, at the PERCENTILES
@@ -162,7 +162,7 @@ def load_table(title: str, loads: dict[str, list[Load]]) -> Table:
 
 
 def processor_time_table(title: str, loads: dict[str, list[Load]]) -> Table:
-    """Return what a request costs, which tells more than the clock on a machine that does something else besides."""
+    """Return what a request costs: more reliable than the clock on a machine that is also busy with other work."""
     return table_of(title, [(name, [load.processor_time for load in taken], None) for name, taken in loads.items()])
 
 

@@ -57,7 +57,7 @@ def one_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.fixture
 def server(one_server: Server) -> Iterator[Server]:
     yield one_server
-    # pytest shows it where the test has failed.
+    # pytest shows it if the test has failed.
     print(one_server.log.read_text(errors="replace")[-5000:])
 
 
@@ -138,7 +138,7 @@ def test_two_authorization_headers(server: Server, first: bytes, second: bytes) 
     answer = server.ask(b"GET", PATH, first, second)
 
     if server.name == "cheroot":
-        # It hands the last one alone to the application, which cannot know that there was another.
+        # This server passes only the last one to the application, which cannot know that there was another.
         assert answer.body == server.ask(b"GET", PATH, second).body
     else:
         assert (answer.status, answer.body) == (401, INVALID_TOKEN)
@@ -183,7 +183,7 @@ def test_path_that_is_not_utf8(server: Server, target: bytes, path: bytes) -> No
     answer = server.ask(b"GET", target)
 
     if server.name == "werkzeug":
-        # It decodes the path as UTF-8, and a raw byte as Latin-1, before it encodes it for the application.
+        # This server decodes the path as UTF-8, and a raw byte as Latin-1, before it encodes it for the application.
         path = path.replace(b"\xa3", b"\xc2\xa3" if b"\xa3" in target else "\N{REPLACEMENT CHARACTER}".encode())
     refused_by_the_server = answer.status == 400 and b"\xa3" in target
     assert refused_by_the_server or (answer.status, answer.body) == (200, b"GET [] " + path)
@@ -249,7 +249,7 @@ def test_unread_body(
     unread: dict[str, Any],
 ) -> None:
     if server.name == "cheroot" and b"Transfer-Encoding: chunked" in unread["headers"]:
-        # So it does with every application that leaves such a body unread.
+        # cheroot does so with every application that leaves such a body unread.
         request.applymarker(pytest.mark.xfail(reason="cheroot takes the unread chunks for the next request"))
     with server.connect() as connection:
         connection.send(message(method, PATH, AUTHORIZATION, *unread["headers"], body=unread["body"]))

@@ -1,4 +1,4 @@
-"""One service over each store: started three times with nothing but a text changed, and asked over HTTP alone."""
+"""One service over each store: started three times with only the store's name changed, and asked only over HTTP."""
 
 import json
 import os

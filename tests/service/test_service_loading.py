@@ -1,4 +1,4 @@
-"""A WSGI server loads the application by its options, before it forks, and serves an upstream with it."""
+"""A WSGI server loads the application from its options, before it forks, and serves an upstream with it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CALL = "usage_middleware.wsgi:application('{options}')"
 SERVERS = {
     "gunicorn": [*GUNICORN, "--workers=2", CALL],
     "gunicorn --preload": [*GUNICORN, "--workers=2", "--preload", CALL],
-    # Neither takes arguments: the environment has the options.
+    # Neither server passes arguments, so the environment has the options.
     "granian": [
         *("-m", "granian", "--host=127.0.0.1", "--port={port}", "--workers-kill-timeout=3"),
         *("--interface=wsgi", "--factory", "usage_middleware.wsgi:application"),

@@ -1,4 +1,4 @@
-"""From the options of a service to what it does, called in this process."""
+"""The options of a service and their effects, called in this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many requests, and much time, leave nothing behind: no memory, no descriptor, no connection.
+"""Many requests over a long time leak no memory, no descriptor, and no connection.
 
 Each test is small by default and has its full size with ``--full``: ten million requests in one process, and an hour
 of gunicorn's workers. What was seen is printed (``pytest -s``).
@@ -40,7 +40,7 @@ QUOTA = 10**9
 
 
 class Held(NamedTuple):
-    """What a process holds."""
+    """The resources that a process holds."""
 
     rss: int  # bytes
     database: int  # descriptors of the database's files

@@ -1,4 +1,4 @@
-"""Databases of the first version are brought forward whole. ``first_version/make.py`` has what they hold, and how."""
+"""Databases of the first version are migrated whole. ``first_version/make.py`` has what they hold, and how."""
 
 import dataclasses
 import itertools
@@ -224,7 +224,7 @@ def test_reservations_are_settled_and_lapse(store):
     }
     before = store.get_by_id(IDS["plain"])
     token = store.settle("plain/open", 150, input_tokens=7, output_tokens=8)
-    # What has lapsed is released too.
+    # Lapsed reservations are released too.
     assert (token.total_used, token.held) == (before.total_used - 50 - 70, 0)
     assert token.total_granted == before.total_granted
     day = store.usage_by_day(IDS["plain"], date(2026, 11, 21), date(2026, 11, 21))
@@ -278,7 +278,7 @@ def test_it_is_imported_into_a_new_store(store, text, tmp_path):
             assert moved == dataclasses.replace(record, token=token)
 
 
-# --- How it is brought forward
+# --- How it is migrated
 
 
 def open_and_read(text):

@@ -1,4 +1,4 @@
-"""Writers, and servers, that are killed: a call is whole, or it never was.
+"""Writers, and servers, that are killed: a call takes effect completely or not at all.
 
 Each test is small by default and has its full size with ``--full``.
 """
@@ -25,7 +25,7 @@ A_LOT = 10**12
 
 
 class Entry(NamedTuple):
-    """What is comparable of an operation."""
+    """Return the fields of an operation that can be compared."""
 
     kind: str
     amount: int

@@ -44,7 +44,7 @@ EXAMPLES, STEPS = 160, 4_000
 FULL_EXAMPLES, FULL_STEPS = 3_000, 100_000
 STEPS_OF_AN_EXAMPLE = 50  # at most
 
-# What of an operation is compared.
+# The fields of an operation that are compared.
 ENTRY = [field.name for field in dataclasses.fields(Operation) if field.name not in ("number", "replayed")]
 
 # Mostly small, so that limits are met often; sometimes at the end of what a column holds.
@@ -102,7 +102,7 @@ CHANGES = st.fixed_dictionaries(
     },
 )
 
-# What may be another if a call is repeated.
+# The arguments that may differ if a call is repeated.
 OTHERS = {
     "token_id": st.runner().flatmap(lambda machine: st.sampled_from(list(machine.keys))),
     "key": st.runner().flatmap(lambda machine: st.sampled_from(list(machine.keys.values()))),
@@ -116,7 +116,7 @@ OTHERS = {
     "operation": st.runner().flatmap(lambda machine: st.sampled_from(machine.some_operations(is_open=False))),
 }
 
-# Which one of those that there are.
+# The index of one of the existing ones.
 TOKENS = st.runner().flatmap(lambda machine: st.sampled_from(machine.some_tokens()))
 OPEN = st.runner().flatmap(lambda machine: st.sampled_from(machine.some_operations(is_open=True)))
 FINAL = st.runner().flatmap(lambda machine: st.sampled_from(machine.some_operations(is_open=False)))
@@ -137,7 +137,7 @@ class Machine(RuleBasedStateMachine):
         self.store._clock = lambda: self.model.now
         self.steps = steps
         self.keys = {}  # the last key of each token
-        self.calls = []  # those that can be told to be repeated
+        self.calls = []  # those that can be repeated
 
     def teardown(self):
         self.store.close()

@@ -211,7 +211,7 @@ def test_what_is_not_installed_is_named_in_one_line(tmp_path, missing, use, says
     assert line.startswith("ImportError: ")
     assert says in line
     assert "pip install sqlalchemy 'psycopg[binary]' 'pymysql[rsa]'" in line
-    # Nothing about how it was found out.
+    # Nothing about how the missing package was noticed.
     assert not any("another exception" in text or "direct cause" in text for text in trace)
 
 

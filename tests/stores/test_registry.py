@@ -144,7 +144,7 @@ def test_a_package_cannot_take_a_scheme_of_ours(site):
 
 @pytest.fixture
 def gateway(tmp_path):
-    """Return the path of an SQLite file as new-api keeps it, with nothing but what tells it."""
+    """Return the path of an SQLite file as new-api keeps it, with only what identifies it."""
     import sqlite3
 
     path = tmp_path / "one-api.db"

@@ -15,7 +15,7 @@ def find_program(name: str, package: str) -> str:
 
     :param package: the Debian package that has it.
     """
-    # Debian keeps servers where the path of an ordinary user does not lead.
+    # Debian installs servers outside the PATH of an ordinary user.
     found = shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"]))
     if found is None:
         reason = f"needs {name}: install Debian's package {package}"

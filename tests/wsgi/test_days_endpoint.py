@@ -1,4 +1,4 @@
-"""Usage by day over HTTP: which days are asked for, what is told of them, and of whom."""
+"""Usage by day over HTTP: which days are asked for, what is shown of them, and for which token."""
 
 import json
 from datetime import date, datetime, timedelta, timezone
@@ -58,7 +58,7 @@ def error(message):
     return json.dumps({"success": False, "message": message}, separators=(",", ":")).encode()
 
 
-# --- What is told
+# --- What is shown
 
 
 def test_the_documented_example_to_the_byte(store, app, clock):
@@ -294,7 +294,7 @@ def test_today_is_the_stores(store, app, clock):
     assert (data["start_date"], data["used"], data["used_today"]) == ("2026-11-25", 2, 2)
 
 
-# --- Of whom
+# --- For which token
 
 
 @pytest.mark.parametrize(

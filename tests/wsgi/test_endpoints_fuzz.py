@@ -1,4 +1,5 @@
-"""Hostile requests to the endpoints beside the usage endpoint: refused as it refuses, and read as the contract says.
+"""Hostile requests to the other endpoints: they are refused like those to the usage endpoint, and read as the contract
+says.
 
 What the contract says of a query is written here once more, in another way, and shares nothing with the package.
 """

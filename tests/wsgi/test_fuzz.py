@@ -100,7 +100,7 @@ def expected(environ, raw_path):
     return "503 Service Unavailable", error_body("Service Unavailable")
 
 
-# --- What is asked, and what is looked at
+# --- What is asked, and what is checked
 
 
 class Malformed(BaseException):
@@ -228,7 +228,8 @@ class Str(str):
 
 
 HOSTILE = ["\0", "\t", "\n", "\r", "\x0b", "\x1b", "\x7f", "\x80", "\x85", "\xa0", "\xad", "\xe9", "\xff"]
-# What no server should send: beyond Latin-1, letters that some case mapping takes for ASCII, half of a character.
+# What no server should send: characters beyond Latin-1, letters that some case mapping turns into ASCII, half a
+# character.
 HOSTILE += ["\u2003", "\u212a", "\u017f", "\u0131", "\uff22", "\u4ee4", "\ud800", "\U0001f511"]
 KEYS = ["k", "sk-", "sk", "k" * 48, "sk-" + "k" * 48, "a-b-c", "=", "k" * 509, "sk-" + "k" * 509]
 KEYS += ["k" * 511, "k" * 512, "k" * 513, "sk-" + "k" * 510, "sk-sk-", "sk-sk-k", "SK-k", "{", '"', "%00", "\\u0000"]
@@ -260,7 +261,7 @@ ADDRESSES = [
     "192.0.2.1:80",
     "unix:",
 ]
-# Not looked at, or only passed on: servers differ in what they put there, and in what they leave out.
+# Ignored, or only passed on: servers differ in what they put there, and in what they leave out.
 ANYTHING = [None, "", 0, -1, 2**70, "80", b"80", 1.5, [], (), {}, object()]
 NOT_OURS = [
     "QUERY_STRING",
@@ -360,7 +361,7 @@ def test_many_near_misses(endpoints, full):
         print(f"{count:,} requests, {count / seconds:,.0f} a second: {dict(seen)}")
 
 
-# --- Structure: what hypothesis thinks of, and shrinks
+# --- Structure: what hypothesis generates, and shrinks
 
 latin_1 = st.text(st.characters(min_codepoint=0, max_codepoint=255), max_size=40)
 native = st.one_of(latin_1, st.text(max_size=40), st.sampled_from(HOSTILE))

@@ -21,7 +21,7 @@ ORIGIN = "https://app.example"
 
 
 class Stream:
-    """A response that knows nothing of its length, and when it was closed."""
+    """A response of unknown length that records when it was closed."""
 
     def __init__(self):
         self.closed = 0
@@ -276,7 +276,7 @@ def test_around_a_flask_application():
 
 # --- Types
 
-# Never run. An `ignore` that is not needed is an error of its own, so each says that mypy refuses its line.
+# Never run. An unneeded `ignore` is an error itself, so each one asserts that mypy refuses its line.
 TYPED_HOST = """
 from __future__ import annotations
 

@@ -568,7 +568,7 @@ def test_a_token_that_stopped_still_tells_why(path, fields):
 
 
 class Failing(MemoryTokenStore):
-    """A store that knows its keys, and nothing else."""
+    """A store that has only keys."""
 
     def log(self, *args, **options):
         raise StoreError("the disk is full")

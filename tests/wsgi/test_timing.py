@@ -1,4 +1,4 @@
-"""Whether the time of an answer tells unknown, deleted and disabled keys apart, whose bytes do not.
+"""Whether the time of an answer distinguishes unknown, deleted and disabled keys, as its bytes do not.
 
 The middleware is called directly: whoever asks over a network sees the same difference under more noise. Nothing here
 depends on how fast the machine is: the requests of each kind are shuffled into one stream, and compared by rank.

@@ -265,7 +265,7 @@ class RecordContract(QuotaStoreFixtures):
         (token_id,) = store.restore([dataclasses.replace(record, digest=key_digest("moved-key"))])
         assert token_id is not None
         moved = store.get("moved-key")
-        # The reservation stays behind, so nothing can release it.
+        # The reservation is not moved, so nothing can release it.
         assert moved == dataclasses.replace(record.token, id=token_id, held=0)
 
     def test_a_record_shows_no_digest(self, store: QuotaStore) -> None:

@@ -35,7 +35,7 @@ class UsageMiddleware:
         ``None``, a plain ``dict`` among them. The key is the one that :func:`bearer_key` returns.
     :param path: the path to answer, with and without a slash at its end, compared with ``PATH_INFO`` (so below
         ``SCRIPT_NAME``, if the application is mounted under a prefix). If the store is a :class:`QuotaStore`, the path
-        with ``/days`` behind it is answered too: what was used on which UTC day, by which model.
+        followed by ``/days`` is answered too, with what was used on each UTC day by each model.
     :param page: a path, such as ``"/usage"``, at which a page shows the holder of a key what is left of it and where
         it went. It asks the endpoint from the browser. ``None``: no page.
     :param new_api: with a :class:`NewAPI`, new-api's other endpoints are answered at new-api's paths, whatever ``path``

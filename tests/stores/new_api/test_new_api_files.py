@@ -178,7 +178,7 @@ print("ready", flush=True)
 number = 0
 while True:
     number += 1
-    # On many pages: a reader of some before and of some after would see both.
+    # On many pages: a reader that mixes old and new pages would see both.
     connection.execute("UPDATE tokens SET used_quota = ?, model_limits = ?", (number, str(number % 10) * 50_000))
     if what == "reopens":
         connection.close()

@@ -1,4 +1,4 @@
-"""The log of a token as new-api keeps it: what is told of it, and what is not."""
+"""The log of a token as new-api keeps it: what is shown of it, and what is not."""
 
 import json
 

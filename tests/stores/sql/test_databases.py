@@ -15,7 +15,7 @@ from places import ROOT, TESTS
 from sqlalchemy import NullPool, create_engine
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
-# A session of one test, which tells what it had, and then ends in a way of its own.
+# A session of one test, which prints what it had, and then ends in a given way.
 SESSION = """
 import os
 import signal

@@ -91,7 +91,7 @@ def test_a_server_that_is_stopped(disposable_server, stores):
 
 
 def test_a_commit_that_is_not_answered(disposable_server, stores):
-    """Its outcome is unknown, and the same call with the same idempotency key is made once."""
+    """Its outcome is unknown, and repeating the call with the same idempotency key makes it once."""
     store, _ = stores
     key, _ = store.create(total_available=1000)
     for number, each in enumerate(stores, 1):
@@ -176,7 +176,7 @@ def test_a_name_with_two_addresses(monkeypatch):
 
 
 def test_a_lock_that_another_has(database):
-    """A row that is locked for longer is an error in time, and the next call is well."""
+    """A row that is locked for longer causes an error in time, and the next call succeeds."""
     with SQLAlchemyTokenStore(database.url, timeout=TIMEOUT) as store:
         key, token = store.create(total_available=1000)
         with database.engine.connect() as connection:

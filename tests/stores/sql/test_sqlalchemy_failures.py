@@ -1,4 +1,4 @@
-"""Transactions that fail, and a COMMIT whose answer is lost: what is repeated, and what is told."""
+"""Transactions that fail, and a COMMIT whose answer is lost: what is retried, and what is reported."""
 
 from __future__ import annotations
 

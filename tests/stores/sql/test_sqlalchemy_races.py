@@ -1,4 +1,4 @@
-"""Calls that race. Each is stopped in its middle, while another is made."""
+"""Calls that race. Each is stopped midway while another is made."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_key_that_is_brought_while_it_goes(database, store, give_up, beginning
     ],
 )
 def test_what_changes_before_the_token_is_locked(database, store, call, meanwhile, error):
-    """What a call has looked at before it had the lock counts for nothing."""
+    """What a call has read before it had the lock is not used."""
     key, token = create(store)
     store.charge(key, 10, idempotency_key="c")
     store.reserve(key, 20, idempotency_key="r")

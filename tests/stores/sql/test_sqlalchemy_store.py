@@ -208,7 +208,7 @@ def test_tables_that_are_not_ours(database_url, statements, says):
 
 # --- What is kept
 
-# Texts of which a database may take one for another.
+# Texts that a database may treat as equal.
 SIMILAR = [
     *("a", "A", "\u00e4", "a\u0308", "\u00c4", "a ", " a", "a\t", "a\n", "a%", "a_", "a'", 'a"', "a\\", "\u00df"),
     *("ss", "s", "\u0131", "i", "I", "\u2460", "1", "%(id)s", ":id", "{}", "NULL", "\U0001f511", "\U0001f510"),
@@ -357,7 +357,7 @@ def test_an_engine_of_the_host(database, options):
         assert (store.get(key).total_used, store.get(key).total_available) == (15, 0)
         with SQLAlchemyTokenStore(database.url) as other:
             other.grant(token.id, 5)
-            # No connection still sees what was.
+            # No connection still sees the old state.
             assert {store.get(key).total_available for _ in range(8)} == {5}
         assert store.model_usage(token.id) == {"m": 15}
         pool = engine.pool
@@ -367,7 +367,7 @@ def test_an_engine_of_the_host(database, options):
     with engine.connect() as connection:
         assert connection.exec_driver_sql("SELECT 1").scalar() == 1
         if options.get("isolation_level", "AUTOCOMMIT") != "AUTOCOMMIT":
-            # As its owner has it.
+            # As its owner configured it.
             assert connection.get_isolation_level() == options["isolation_level"]
     engine.dispose()
 
@@ -394,7 +394,7 @@ def test_no_error_shows_a_secret(database, store):
                 lambda s: s.create(key=BROUGHT),
             ],
         ),
-        # What is wrong with a value is told with the value, by PostgreSQL with the whole row.
+        # A database's message about a wrong value quotes the value; PostgreSQL's quotes the whole row.
         (
             "ADD CONSTRAINT small CHECK (total_used < 5)",
             "DROP CONSTRAINT small",

@@ -42,7 +42,7 @@ class Attempt(NamedTuple):
 
 
 def call_on_a_full_disk(path, name, state, room):
-    """Make a call while no file can grow further than what the log has and ``room`` bytes more; where it failed, once
+    """Make a call while no file can grow further than what the log has and ``room`` bytes more; if that failed, once
     more with room for all. Then closes the store without any, so that what is in the log must stay there."""
     log = Path(f"{path}-wal")
     with nothing_random(), open_store(path) as store:

@@ -113,7 +113,7 @@ def fork_in_c_after_use(path):
 
     before = os.stat(path).st_mtime_ns, os.path.getsize(path)
     fork(child, by=ctypes.CDLL(None).fork)
-    # The log is where it was, and was not written back behind the parent's back.
+    # The log is where it was, and the child has not written it back without the parent knowing.
     assert all(os.path.exists(f"{path}{suffix}") for suffix in SUFFIXES)
     assert (os.stat(path).st_mtime_ns, os.path.getsize(path)) == before
 

@@ -137,7 +137,7 @@ def test_an_exception_at_any_step(ledger, full, name):
             store.close()
         interrupts += is_interrupted
     assert interrupts > 5
-    # Whole or not at all.
+    # Complete or not at all.
     assert charged <= {0, 7}
     assert ledger.store.charge(ledger.key, 5).total_used == ledger.used()
 

@@ -38,7 +38,7 @@ def some_of_everything(store, rounds):
         yield
         store.refund(store.find_operation(key, f"charge {number}"), 40)
         yield
-        # It takes back what has lapsed.
+        # It releases lapsed reservations.
         store.charge(key, 700)
         yield
         store.settle(reserved, 250)
@@ -92,7 +92,7 @@ def record(path, *, earlier):
         log = copy(log_path)
         assert copy(path) == database
     commits = list(ends_of_commits(log))
-    # The tables were made in a transaction that is in the log, too, where there was no checkpoint after it.
+    # The tables were made in a transaction that is in the log, too, if there was no checkpoint after it.
     if not earlier:
         del commits[0]
     assert len(commits) == len(contents) - 1
@@ -120,7 +120,7 @@ def test_a_log_of_which_only_the_beginning_was_written(tmp_path, full, earlier, 
         log = recording.log[:end] + remains(recording, end)
         path.write_bytes(recording.database)
         Path(f"{path}-wal").write_bytes(log)
-        # What remains may happen to be what would have been written.
+        # The remains may happen to equal what would have been written.
         while end < size and log[end : end + 1] == recording.log[end : end + 1]:
             end += 1
         with open_store(path) as store:

@@ -24,7 +24,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another
 
 
 def as_another_user(function):
-    """Return what ``function`` returns in a process of a user who owns nothing."""
+    """Return what ``function`` returns in a process of a user that owns nothing."""
 
     def become_another_user():
         os.setgroups([])

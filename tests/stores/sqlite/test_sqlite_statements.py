@@ -1,4 +1,4 @@
-"""Each statement of each call fails once: the call is whole, or it never was."""
+"""Each statement of each call fails once: the call takes effect completely or not at all."""
 
 import shutil
 import sqlite3

@@ -89,7 +89,7 @@ def request(path, key, method=b"GET", *headers, body=b""):
 
 
 def leave(client):
-    """Close a connection so that the other side is told at once."""
+    """Close a connection so that the other side notices at once."""
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()
 

@@ -211,5 +211,5 @@ def started(
 def check_log(log: Path) -> None:
     text = log.read_text(errors="replace")
     assert "Traceback" not in text, text
-    # Python 3.13 and newer tell of it. Other warnings are a server's own: gunicorn leaves its listening socket open.
+    # Python 3.13 and newer warn of it. Other warnings are a server's own: gunicorn leaves its listening socket open.
     assert "unclosed database" not in text, text

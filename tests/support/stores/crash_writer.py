@@ -23,7 +23,7 @@ PROCESSES = multiprocessing.get_context("fork")
 
 
 class Step(NamedTuple):
-    """One call. What it is called with tells it from every other."""
+    """One call. Its arguments distinguish it from every other."""
 
     method: str
     name: str  # its idempotency key; of a settle, that of the reservation

@@ -71,7 +71,7 @@ DELETED_AT = "2025-01-02 03:04:05"
 
 
 class Gateway:
-    """What new-api does with its database."""
+    """The writes of new-api to its database."""
 
     def __init__(self, kind, url, schema=NEWEST, **types):
         self.kind = kind

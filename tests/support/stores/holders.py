@@ -1,4 +1,4 @@
-"""What the holder of a key gets from a store."""
+"""Helpers: a token with its key, and the status that its holder gets."""
 
 from client import ask, wrapped
 

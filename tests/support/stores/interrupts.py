@@ -7,7 +7,7 @@ _STOPS_AT_OPCODES = sys.version_info >= (3, 11)
 
 
 class Interrupt(BaseException):
-    """What a signal handler raises, or what ends a greenlet: nothing catches it by chance."""
+    """What a signal handler raises, or what kills a greenlet. No code catches it by chance."""
 
 
 def interrupted_at(number, call, then):

@@ -1,4 +1,4 @@
-"""A model of the ledger, which tells the rules in another way than the package does.
+"""A model of the ledger, which states the rules in another way than the package does.
 
 It moves no totals: it keeps every operation that there ever was, and adds up what they hold. A quota renews one period
 after the other, day by day on the calendar.
@@ -47,7 +47,7 @@ class Model:
 
     def __init__(self):
         self.now = START
-        self.keys = {}  # to token ids; to None if a key was given up
+        self.keys = {}  # to token ids; to None if a key was retired
         self.tokens = {}  # what update() changes, when the quota renews, and all that was ever granted
         self.operations = []
 

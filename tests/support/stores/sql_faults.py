@@ -1,4 +1,4 @@
-"""What goes wrong between a store and its server, brought about at one moment.
+"""Failures between a store and its server, caused at a chosen moment.
 
 A trigger of the database does it, or a hook of the store's engine.
 """

@@ -26,7 +26,7 @@ def findings(path: str) -> Iterator[Finding]:
         mode, damage = reading.look(path, _examine)
     except sqlite3.Error as error:
         raise sqlite_errors.explained(path, error, "read") from error
-    # A connection that leaves no log behind does not know of one either.
+    # A connection that leaves no log behind cannot read one either.
     if reading.is_wal(path):
         yield ok("journal mode is WAL")
     else:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 # Some services take these for a step to another path or for the end of this one: a backslash, a control character, an
 # escape that has been escaped.
 _UNSAFE: Final = re.compile(r"[\\%\x00-\x1f\x7f]")
-# A segment of only dots. Some services drop parameters behind ";" (RFC 3986 section 3.3), or spaces at its end.
+# A segment of only dots. Some services drop parameters after ";" (RFC 3986 section 3.3), or spaces at its end.
 _DOTS: Final = re.compile(r"[. ]*(?:;.*)?")
 
 
