@@ -1,4 +1,4 @@
-"""Calls an application as a server does, with a request as a server behind a proxy passes it on."""
+"""Call an application as a server does, with a request in the form of a server behind a proxy."""
 
 from __future__ import annotations
 

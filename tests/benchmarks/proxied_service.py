@@ -22,7 +22,7 @@ _JSON = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %
 
 
 class _Service(asyncio.Protocol):
-    """Answers a GET: JSON, or for ``/stream`` and ``/pause`` an event stream, each event sent by itself."""
+    """Answer a GET: JSON, or for ``/stream`` and ``/pause`` an event stream, each event sent by itself."""
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport

@@ -25,7 +25,7 @@ A_LOT = 10**12
 
 
 class Entry(NamedTuple):
-    """Return the fields of an operation that can be compared."""
+    """The fields of an operation that can be compared."""
 
     kind: str
     amount: int

@@ -128,7 +128,7 @@ once_begun = precondition(lambda machine: machine.model.operations)
 
 
 class Machine(RuleBasedStateMachine):
-    """Makes calls of a store and of the model, and compares the two after each."""
+    """Make calls of a store and of the model, and compare the two after each."""
 
     def __init__(self, make_store, steps):
         super().__init__()

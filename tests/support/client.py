@@ -1,4 +1,4 @@
-"""Calls a WSGI application as a server does, with nothing in between."""
+"""Call a WSGI application as a server does, with nothing in between."""
 
 from __future__ import annotations
 

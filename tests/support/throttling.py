@@ -33,7 +33,7 @@ TOO_MANY = b'{"success":false,"message":"Too Many Requests"}'
 
 
 class Clock:
-    """Stands for the module ``time``."""
+    """Replace the module ``time``."""
 
     def __init__(self, now):
         self.now = now

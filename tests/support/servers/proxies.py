@@ -15,7 +15,7 @@ _RESET = struct.pack("ii", 1, 0)
 
 
 class Proxy:
-    """Forwards to a port of this machine, byte for byte, until a test says otherwise.
+    """Forward to a port of this machine, byte for byte, until a test says otherwise.
 
     A *chunk* is what one ``recv`` gives: a request, an answer, or a part of them.
 

@@ -64,7 +64,7 @@ class Connection:
 
 
 class Service:
-    """Serves each connection by ``handle(connection)``, in a thread of its own.
+    """Serve each connection by ``handle(connection)``, in a thread of its own.
 
     ``returned`` gets what ``handle`` returns, or raises, one connection after the other.
     """
