@@ -13,6 +13,7 @@ from ..stores.base import QuotaStore
 from ..tokens import Token, TokenRecord
 from .charge_contract import ChargeContract, ModelLimitContract
 from .day_contract import DayContract
+from .field_contract import FieldContract
 from .fixtures import TODAY, Holder
 from .held_contract import HeldContract
 from .history_contract import HistoryContract, PruneContract
@@ -75,6 +76,7 @@ class QuotaStoreContract(
     HistoryContract,
     PruneContract,
     RecordContract,
+    FieldContract,
     TokenStoreContract,
 ):
     """What hosts and operators rely on in a :class:`QuotaStore`. The store that is made must be empty."""
