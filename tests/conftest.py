@@ -55,6 +55,9 @@ STARTS_A_SERVER = {
     "disposable_server",
     "mariadb",
     "postgresql",
+    "running",
+    "served",
+    "service",
     "shared_database",
     "start",
 }
@@ -69,6 +72,17 @@ def pytest_collection_modifyitems(items):
             isinstance(value, str) and value in SERVERS for value in values
         ):
             item.add_marker("servers")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """All tests, or those of a marker, take the cores of the machine, and a server of each kind for each of them.
+
+    What is named runs in this process, where ``-s`` and a debugger work; so does what is run at its full size.
+    """
+    if config.args_source is pytest.Config.ArgsSource.ARGS or config.getoption("full"):
+        return 0
+    return min(os.cpu_count() or 1, 4)
 
 
 def pytest_addoption(parser):

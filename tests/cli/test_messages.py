@@ -21,6 +21,7 @@ def without_sqlalchemy(*args):
     return subprocess.run([sys.executable, "-c", WITHOUT_SQLALCHEMY, *args], capture_output=True, text=True).stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("url", "message"),
     [

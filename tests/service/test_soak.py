@@ -33,8 +33,10 @@ from web_servers import GUNICORN, check_log, started
 from usage_middleware import SQLiteTokenStore, StoreError, UsageMiddleware
 from usage_middleware.keys import strip_prefix
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="/proc says what a process holds")
-
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="/proc says what a process holds"),
+    pytest.mark.slow,
+]
 MEGABYTE = 2**20
 QUOTA = 10**9
 

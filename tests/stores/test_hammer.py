@@ -16,6 +16,8 @@ from processes import SPAWN
 from usage_middleware import Account, Operation, OperationConflict, QuotaExceeded, SQLiteTokenStore, open_store
 from usage_middleware.operations import take
 
+pytestmark = pytest.mark.slow
+
 MOST_UNITS = 100
 
 

@@ -21,6 +21,8 @@ from sqlite_ledger import content
 import usage_middleware
 from usage_middleware import Lookup, StoreError
 
+pytestmark = pytest.mark.slow
+
 A_LOT = 10**12
 
 

@@ -155,6 +155,7 @@ def gateway(tmp_path):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["{}", "sqlite:///{}", "new-api+sqlite:///{}", "NEW-API+sqlite:///{}"])
 def test_a_file_of_new_api_is_one_for_everyone(gateway, site, form):
     text = form.format(gateway)

@@ -219,6 +219,7 @@ def test_a_clock_that_is_set_back_locks_no_client_out(clock):
 # --- Memory
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_whatever_number_of_addresses_come(clock, monkeypatch, full):
     if not full:
         monkeypatch.setattr(throttle, "_MOST_CLIENTS", throttle._MOST_CLIENTS // 10)

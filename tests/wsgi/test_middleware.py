@@ -368,6 +368,7 @@ Token("Default Token")  # type: ignore[call-arg]
 """
 
 
+@pytest.mark.slow
 def test_the_types_of_a_host_are_checked(tmp_path):
     (tmp_path / "mypy.ini").write_text("[mypy]\nstrict = true\n")
     (tmp_path / "host.py").write_text(TYPED_HOST)

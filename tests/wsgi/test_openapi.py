@@ -343,6 +343,7 @@ def served(keys, tmp_path):
             process.wait(30)
 
 
+@pytest.mark.slow
 def test_a_served_endpoint_is_what_it_describes(served, keys, full, tmp_path):
     url, log = served
     done = schemathesis(tmp_path, url, keys, "--max-examples", "5000" if full else "20")
@@ -404,6 +405,7 @@ def mutants_url():
             thread.join(30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["right", *FOUND_BY_TOOLS])
 def test_a_tool_that_reads_it_finds_a_wrong_answer(mutants_url, name, tmp_path):
     prefix = "right" if name == "right" else FOUND_BY_TOOLS.index(name)

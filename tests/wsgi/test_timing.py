@@ -20,6 +20,8 @@ from client import PATH, environ
 from usage_middleware import MemoryTokenStore, NewAPI, SQLiteTokenStore, UsageMiddleware, bearer_key
 from usage_middleware.keys import make_key
 
+pytestmark = pytest.mark.slow
+
 REQUESTS = 10_000  # of each kind
 KEYS = 100  # of each kind
 UNLIKELY = 1e-4  # the p below which chance does not explain a difference

@@ -202,6 +202,7 @@ def test_a_bar_is_shown_at_a_terminal(db):
         assert "1,999" in shown
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(run, db, monkeypatch, full):
     """A part of the rows takes as much of it as all of them, if it is more than two pages of a store's tokens."""
     monkeypatch.setattr("usage_middleware.cli.transfer.importing.BATCH", 300)

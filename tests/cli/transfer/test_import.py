@@ -220,6 +220,7 @@ def feed(pipe, texts):
             pipe.write(text.encode())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_the_same_command_continues_a_stopped_import(run, db, kill):
     command = [SCRIPT, "import", "--format", "csv", "-"]

@@ -50,6 +50,7 @@ sys.addaudithook(stop)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", STOPPED, ids=lambda number: number.name)
 def test_a_charge_that_is_stopped_says_how_to_make_sure(db, stopped_at, number):
     run("create", "--quota", 100)

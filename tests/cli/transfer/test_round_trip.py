@@ -78,6 +78,7 @@ def through_a_file(records, format_name, path):
         return list(source.rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format_name", FORMATS)
 @given(written=st.lists(records, max_size=3))
 @settings(max_examples=200, deadline=None)

@@ -95,7 +95,7 @@ def test_nothing_is_left_of_a_session_that(end, status, postgresql, mariadb, tmp
     session = tmp_path / "test_session.py"
     session.write_text(SESSION.format(end=end))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "conftest", "-c", ROOT / "setup.cfg", session],
+        [sys.executable, "-m", "pytest", "-p", "conftest", "-c", ROOT / "setup.cfg", "-o", "addopts=", session],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]),

@@ -16,6 +16,8 @@ from sqlite_ledger import A_LOT, SEVERAL_TRANSACTIONS, WRITES, content, nothing_
 
 from usage_middleware import StoreError
 
+pytestmark = pytest.mark.slow
+
 # --- Disks that are full
 
 

@@ -130,6 +130,7 @@ def test_a_fork_by_c_code_leaves_a_child_without_the_database(path):
         assert [token.name for token in store.tokens()] == ["parent", "parent, afterwards"]
 
 
+@pytest.mark.slow
 @needs_proc
 @pytest.mark.parametrize(
     ("in_child", "created"),

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import pytest
 from sqlite_ledger import content, open_store
 
+pytestmark = pytest.mark.slow
+
 # --- A log that ends anywhere
 
 

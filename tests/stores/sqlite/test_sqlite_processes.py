@@ -11,6 +11,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from holders import create
 from processes import environment, in_a_process, process_of
 from sqlite_files import (
@@ -134,6 +135,7 @@ def start_at_once(workers, count, *paths):
     start_workers(int(workers), create_in_each, int(count), *paths)
 
 
+@pytest.mark.slow
 def test_workers_that_start_at_once_agree_on_one_database(tmp_path):
     paths = [tmp_path / f"{number}.db" for number in range(10)]
     in_a_process(start_at_once, 16, 1, *paths)

@@ -9,6 +9,8 @@ from sqlite_ledger import A_LOT, CALLS, READS, REPEATABLE, WRITES, content, noth
 
 from usage_middleware import QuotaExceeded, StoreError
 
+pytestmark = pytest.mark.slow
+
 # --- Statements that fail
 
 
