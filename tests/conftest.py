@@ -3,6 +3,7 @@ import os
 import subprocess
 
 import databases
+import hypothesis
 import pytest
 import storage_servers
 import web_servers
@@ -91,6 +92,20 @@ def pytest_addoption(parser):
         action="store_true",
         help="Run the evidence at its full size: hours of charges, kills and cuts instead of a minute.",
     )
+
+
+def pytest_configure(config):
+    # A slow machine is not an error, and a run fails for a change alone. At full size, each run has examples of its own.
+    full = config.getoption("full")
+    hypothesis.settings.register_profile(
+        "tests",
+        deadline=None,
+        derandomize=not full,
+        print_blob=full,
+        database=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+    hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture
