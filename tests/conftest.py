@@ -95,7 +95,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    # A slow machine is not an error, and a run fails for a change alone. At full size, each run has examples of its own.
+    # A slow machine is not an error, and a run fails only because of a change. At full size, each run has its own
+    # examples.
     full = config.getoption("full")
     hypothesis.settings.register_profile(
         "tests",
