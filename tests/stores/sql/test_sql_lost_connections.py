@@ -7,6 +7,7 @@ cut before its COMMIT, in it, and after it, down to what the pool does with the 
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,6 @@ from usage_middleware import Operation, SQLAlchemyTokenStore, StoreError, Token,
 
 pytestmark = [pytest.mark.servers, pytest.mark.slow]
 
-MOST_CHUNKS = 200
 SHARES = (0.0, 0.5, 1.0)
 
 
@@ -131,23 +131,22 @@ def test_a_connection_that_is_cut(database, proxy, name, kind, driver, full):
         pytest.skip("run with --full")
     case = CASES[name]
     with SQLAlchemyTokenStore(database.url) as store, over(proxy, database, kind, driver) as cut:
-        outcomes = set()
-        for number in range(1, MOST_CHUNKS):
-            was_cut = False
+        outcomes, uncut = set(), 0
+        for number in itertools.count(1):
+            uncut += 1
             for share in SHARES if full else [SHARES[number % 3]]:
                 database.empty()
                 place = prepared(store)
                 cut.get(place.key)
                 proxy.cut_at(number, share)
-                outcome = try_to(lambda: case.call(cut, place))  # noqa: B023
-                was_cut = was_cut or proxy.cut is None
+                outcome = try_to(partial(case.call, cut, place))
+                uncut = uncut if proxy.cut else 0
                 proxy.cut = None
                 outcomes.add(outcome)
                 check(store, cut, case, place, outcome)
-            if not was_cut:
+            if uncut == 3:  # What is sent may be received in one chunk or in two.
                 break
-        assert number > 4
-        assert outcomes == {"done", "unknown"}
+        assert outcomes == {"done", "unknown"} if full else outcomes <= {"done", "unknown"}
 
 
 def try_to(call):

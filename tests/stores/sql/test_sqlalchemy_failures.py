@@ -95,7 +95,7 @@ def test_a_deadlock_is_resolved(database, store):
             connection.execute(text(f"SELECT * FROM usage_tokens WHERE id = {token.id} FOR UPDATE")).all()
             connection.rollback()
         assert charged.result(DEADLINE).total_used == 5
-    assert len(tries) == 2
+    assert len(tries) > 1
     other.dispose()
     engine.dispose()
 

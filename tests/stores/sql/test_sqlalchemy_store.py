@@ -275,6 +275,18 @@ def test_totals_go_as_far_as_a_column(store):
     assert store.grant(token.id, -MOST).total_granted == 0
 
 
+@pytest.mark.slow
+def test_a_restore_of_more_than_one_statement_takes(store):
+    """PostgreSQL takes 65,535 parameters."""
+    count = 70_000
+    records = [TokenRecord(token=Token(), digest=sha256(b"%d" % number).digest()) for number in range(count)]
+    ids = store.restore([*records, records[0]])
+    assert len(set(ids[:-1])) == count
+    assert ids[-1] is None
+    assert store.count() == count
+    assert len(store.taken([record.digest for record in records])) == count
+
+
 # --- Statements
 
 

@@ -29,7 +29,8 @@ from ...errors import DamagedToken, StoreError
 from ...keys import strip_prefix
 from ...log import LOG_KINDS, LogEntry, LogKind
 from ...tokens import Token, TokenRecord
-from ..sql.database import Attempt, Database
+from ..sql.attempts import Attempt
+from ..sql.database import Database
 from ..sql.dialects import POSTGRESQL
 from ..sql.sql_migrations import VERSION_TABLE
 from ..sql.sql_schema import MYSQL

@@ -7,34 +7,27 @@ to retry. After the answer, the call has succeeded, whatever else fails.
 
 from __future__ import annotations
 
-import os
 import random
-import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from enum import Enum, auto
+from contextlib import suppress
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, Executable, Row, Select, event
-from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy import URL, Connection, Engine, Executable, Row, Select
 
 from ...errors import StoreError, UsageMiddlewareError
-from .dialects import (
-    check_timeout,
-    has_rolled_back,
-    is_answered,
-    make_engine,
-    manners,
-    parse_url,
-    split_timeout,
-)
-from .pool import IN_USE, ConnectionPool, replace_interrupted
+from .attempts import Attempt, Stage
+from .batches import Batches
+from .dialects import check_timeout, manners, parse_url, split_timeout
+from .engines import Deadline, engine_of_each_process
+from .failures import Failures, has_rolled_back, is_refused
+from .pool import IN_USE
 from .session import Session
-from .timeouts import deadline_setter, limit_connecting
+from .timeouts import deadline_setter
 
 DEFAULT_TIMEOUT: Final = 10.0  # seconds
 
-# Drivers whose cursors take names as %(name)s, and any bytes for a binary string.
+# Drivers whose cursors take names as %(name)s.
 _PLAIN_CURSORS: Final = ("psycopg", "pymysql")
 _ATTEMPTS: Final = 10
 _LONGEST_PAUSE: Final = 0.5  # seconds
@@ -42,37 +35,6 @@ _LONGEST_PAUSE: Final = 0.5  # seconds
 _PREPARING_SECONDS: Final = 600.0
 
 _Result = TypeVar("_Result")
-
-
-class Stage(Enum):
-    """How far a call has got."""
-
-    CONNECTING = auto()
-    WORKING = auto()
-    COMMITTING = auto()
-
-
-class Attempt:
-    """One try of a call.
-
-    :param until: the time (of :func:`time.monotonic`) at which the call stops waiting for a first answer.
-    """
-
-    __slots__ = ("number", "stage", "until")
-
-    def __init__(self, number: int, until: float) -> None:
-        self.number = number
-        self.until = until
-        self.stage = Stage.CONNECTING
-
-
-class _Deadline(threading.local):
-    """When a call of this thread stops waiting for a connection."""
-
-    until = 0.0
-
-    def seconds_left(self) -> float:
-        return self.until - time.monotonic()
 
 
 class Database:
@@ -103,36 +65,22 @@ class Database:
         if self.dialect not in dialects:
             remedy = "; SQLite has SQLiteTokenStore" if self.dialect == "sqlite" else ""
             raise ValueError(f"{self.dialect} is not one of {', '.join(dialects)}, which this store is for{remedy}")
-        self._deadline = _Deadline()
-        engine = url_or_engine if isinstance(url_or_engine, Engine) else self._make_engine(url)
+        self._deadline = Deadline()
+        self._engines = engine_of_each_process(
+            url_or_engine if isinstance(url_or_engine, Engine) else url, self.timeout, self._deadline
+        )
+        engine = self._engine
         if engine.dialect.is_async:
             raise ValueError(f"{url.drivername} is an asynchronous driver; choose a synchronous one")
-        self._engine = engine
-        replace_interrupted(engine)
-        limit_connecting(engine, self._deadline.seconds_left)
         self._manners = manners(engine, is_own=self._is_own)
-        self._driver_error: type[Exception] = engine.dialect.loaded_dbapi.Error
-        self._failures = (SQLAlchemyError, self._driver_error)
-        # Errors whose text comes from the driver and quotes values.
-        self._quoting = (engine.dialect.loaded_dbapi.DataError, engine.dialect.loaded_dbapi.IntegrityError)
+        self._failures = Failures(engine, self.name, self.timeout)
+        self._batches = Batches()
         self._has_cursors = engine.driver in _PLAIN_CURSORS and self._is_own
-        self._texts: dict[Select[Any], str] = {}
-        self._process = os.getpid()
-        self._inherited: list[object] = []
         self._closed = False
 
-    def _make_engine(self, url: URL) -> Engine:
-        engine = make_engine(url, self.timeout)
-        deadline = self._deadline
-        assert isinstance(engine.pool, ConnectionPool)
-        engine.pool.wait = deadline.seconds_left
-
-        # Before SQLAlchemy's own listener, which asks a new server for its version.
-        @event.listens_for(engine, "connect", insert=True)
-        def limit(connection: Any, entry: object) -> None:
-            deadline_setter(connection, is_own=True)(deadline.until)
-
-        return engine
+    @property
+    def _engine(self) -> Engine:
+        return self._engines.get()
 
     def look_up(self, statement: Select[Any], parameters: dict[str, Any]) -> Sequence[Any] | None:
         """Return the first row of one statement, as the driver gives it.
@@ -151,7 +99,8 @@ class Database:
         return self._run(once)
 
     def _fetch(self, attempt: Attempt, statement: Select[Any], parameters: dict[str, Any]) -> Sequence[Any] | None:
-        proxied = self._engine.raw_connection()
+        engine = self._engine
+        proxied = engine.raw_connection()
         attempt.stage = Stage.WORKING
         info = proxied.info
         info[IN_USE] = True
@@ -159,24 +108,19 @@ class Database:
             set_deadline = deadline_setter(proxied.dbapi_connection, is_own=True)
             set_deadline(attempt.until)
             cursor = proxied.cursor()
-            cursor.execute(self._text(statement), parameters)
+            cursor.execute(self._batches.prepare(statement, tuple(parameters), engine.dialect).text, parameters)
             row: Sequence[Any] | None = cursor.fetchone()
             cursor.close()
             set_deadline(None)
             del info[IN_USE]
         except BaseException:
             # Whatever the exception was, an answer may still be on its way.
+            attempt.is_lost = True
             proxied.invalidate()
             raise
         finally:
             proxied.close()
         return row
-
-    def _text(self, statement: Select[Any]) -> str:
-        text = self._texts.get(statement)
-        if text is None:
-            text = self._texts[statement] = str(statement.compile(dialect=self._engine.dialect))
-        return text
 
     def read(self, statement: Executable, parameters: dict[str, Any] | None = None) -> Sequence[Row[Any]]:
         """Return the rows of one statement. A connection that has died is replaced.
@@ -199,7 +143,8 @@ class Database:
             session = self._session(connection, attempt, self.timeout)
             session.read()
             result = work(connection)
-        except BaseException:
+        except BaseException as error:
+            self._note_loss(attempt, error, connection)
             _discard(connection)
             raise
         self._give_back(session)
@@ -215,23 +160,6 @@ class Database:
         """
         return self._run(lambda attempt: self._transact(attempt, work))
 
-    def prepare(self, work: Callable[[Connection], None]) -> None:
-        """Let ``work`` make or change tables, in a transaction as far as the database supports that."""
-        self._run(lambda attempt: self._prepare(attempt, work))
-
-    def _prepare(self, attempt: Attempt, work: Callable[[Connection], None]) -> None:
-        connection = self._engine.connect()
-        attempt.stage = Stage.WORKING
-        try:
-            session = self._session(connection, attempt, _PREPARING_SECONDS)
-            session.begin_preparing()
-            work(connection)
-            attempt.stage = Stage.COMMITTING
-            session.commit()
-        finally:
-            # Done once in the life of a process. What it set and locked in the session goes with the connection.
-            _discard(connection)
-
     def _transact(self, attempt: Attempt, work: Callable[[Session], _Result]) -> _Result:
         connection = self._engine.connect()
         attempt.stage = Stage.WORKING
@@ -245,8 +173,9 @@ class Database:
             # A rule refused, between two statements.
             self._undo(session)
             raise
-        except self._failures as error:
-            if is_answered(_original(error)) and not _is_lost(error):
+        except self._failures.caught as error:
+            self._note_loss(attempt, error, connection)
+            if self._failures.is_conflict(error) and not attempt.is_lost:
                 self._undo(session)
             else:
                 _discard(connection)
@@ -258,8 +187,45 @@ class Database:
         self._give_back(session)
         return result
 
+    def prepare(self, work: Callable[[Connection], None]) -> None:
+        """Let ``work`` make or change tables, in a transaction as far as the database supports that."""
+        self._run(lambda attempt: self._prepare(attempt, work))
+
+    def _prepare(self, attempt: Attempt, work: Callable[[Connection], None]) -> None:
+        connection = self._engine.connect()
+        attempt.stage = Stage.WORKING
+        try:
+            session = self._session(connection, attempt, _PREPARING_SECONDS)
+            session.begin_preparing()
+            work(connection)
+            attempt.stage = Stage.COMMITTING
+            session.commit()
+        except self._failures.caught as error:
+            self._note_loss(attempt, error, connection)
+            raise
+        finally:
+            # Done once in the life of a process. What it set and locked in the session goes with the connection.
+            _discard(connection)
+
     def _session(self, connection: Connection, attempt: Attempt, patience: float) -> Session:
-        return Session(connection, self._manners, attempt.until, patience, is_own=self._is_own)
+        return Session(
+            connection,
+            self._manners,
+            self._batches,
+            until=attempt.until,
+            patience=patience,
+            is_own=self._is_own,
+        )
+
+    def _note_loss(self, attempt: Attempt, error: BaseException, connection: Connection) -> None:
+        if not isinstance(error, self._failures.caught) or connection.invalidated:
+            attempt.is_lost = connection.invalidated
+            return
+        attempt.is_lost = self._failures.is_lost(error, connection.connection.dbapi_connection)
+        if attempt.is_lost:
+            # SQLAlchemy has not seen it. When it does, it replaces the pool's other connections, which are as old.
+            with suppress(*self._failures.caught):
+                connection.exec_driver_sql("SELECT 1")
 
     def _undo(self, session: Session) -> None:
         """Roll back, and keep the connection if that succeeds."""
@@ -268,7 +234,7 @@ class Database:
             session.give_back()
         except BaseException as error:
             _discard(session.connection)
-            if not isinstance(error, self._failures):
+            if not isinstance(error, self._failures.caught):
                 raise
 
     def _give_back(self, session: Session) -> None:
@@ -277,11 +243,12 @@ class Database:
             session.give_back()
         except BaseException as error:
             _discard(session.connection)
-            if not isinstance(error, self._failures):
+            if not isinstance(error, self._failures.caught):
                 raise
 
     def _run(self, once: Callable[[Attempt], _Result]) -> _Result:
-        self._check_usable()
+        if self._closed:
+            raise StoreError(f"the store of {self.name} is closed")
         until = time.monotonic() + self.timeout
         number = 1
         while True:
@@ -289,11 +256,9 @@ class Database:
             self._deadline.until = until
             try:
                 return once(attempt)
-            except self._failures as error:
-                if attempt.stage is Stage.COMMITTING and not has_rolled_back(_original(error)):
-                    raise self._unknown(error) from self._shown(error)
+            except self._failures.caught as error:
                 if not self._may_repeat(attempt, error):
-                    raise self._explained(error, attempt) from self._shown(error)
+                    raise self._told(attempt, error) from self._failures.cause(error)
             finally:
                 self._deadline.until = 0.0
             if number > 1:
@@ -301,56 +266,27 @@ class Database:
             number += 1
 
     def _may_repeat(self, attempt: Attempt, error: Exception) -> bool:
-        # A server that refuses a connection, or is not there, is not asked twice.
-        if attempt.stage is Stage.CONNECTING or attempt.number == _ATTEMPTS or time.monotonic() >= attempt.until:
+        if attempt.number == _ATTEMPTS or time.monotonic() >= attempt.until:
             return False
-        # If two calls add the same row, the other call's row is there when this one is retried.
-        return _is_lost(error) or isinstance(error, IntegrityError) or has_rolled_back(_original(error))
+        if attempt.stage is Stage.CONNECTING:
+            return False  # A server that refuses a connection, or is not there, is not asked twice.
+        if attempt.stage is Stage.COMMITTING:
+            return has_rolled_back(error)
+        return attempt.is_lost or self._failures.is_conflict(error)
 
-    def _check_usable(self) -> None:
-        if self._closed:
-            raise StoreError(f"the store of {self.name} is closed")
-        if self._process != os.getpid():
-            self._leave_inherited()
-
-    def _leave_inherited(self) -> None:
-        """Neither use nor close the parent's connections after a fork (SQLAlchemy, "Using Connection Pools with
-        Multiprocessing or os.fork()"). They are kept, because an object that is freed closes its connection."""
-        self._inherited.append(self._engine.pool)
-        self._engine.dispose(close=False)
-        self._process = os.getpid()
-
-    def _unknown(self, error: Exception) -> StoreError:
-        return StoreError(
-            f"{self.name} was lost while a transaction was to be committed, and it is not known whether it was; "
-            "a call with an idempotency_key is safe to repeat with the same one"
-        )
+    def _told(self, attempt: Attempt, error: Exception) -> StoreError:
+        if attempt.stage is Stage.COMMITTING and not has_rolled_back(error) and not is_refused(error):
+            return self._failures.unknown(error)
+        return self._explained(error, attempt)
 
     def _explained(self, error: Exception, attempt: Attempt) -> StoreError:
-        """Return what the operator needs to know of an error. Leave out what may quote a value, such as a digest."""
-        original = _original(error)
-        reason = type(original).__name__
-        if isinstance(original, self._driver_error) and not isinstance(original, self._quoting):
-            # The driver's text is the last argument. Only its first line is shown: the others are details.
-            text = str(original.args[-1]) if original.args else ""
-            reason = f"{reason}: {text.partition(chr(10))[0]}"
-        if time.monotonic() >= attempt.until:
-            return StoreError(f"{self.name} did not answer within {self.timeout:g} s: {reason}")
-        return StoreError(f"{self.name} failed: {reason}")
-
-    def _shown(self, error: Exception) -> Exception | None:
-        """Return the error in a form whose traceback shows no parameters, to chain as a cause."""
-        if isinstance(_original(error), self._quoting):
-            return None
-        if isinstance(error, DBAPIError):
-            error.hide_parameters = True
-        return error
+        return self._failures.explained(error, is_late=time.monotonic() >= attempt.until)
 
     def close(self) -> None:
         """Close the connections of an engine that was made here."""
         self._closed = True
-        if self._is_own and self._process == os.getpid():
-            self._engine.dispose()
+        if self._is_own:
+            self._engines.close()
 
     def __repr__(self) -> str:
         return f"Database({self.name!r})"
@@ -361,14 +297,3 @@ def _discard(connection: Connection) -> None:
     if not connection.closed:
         connection.invalidate()
         connection.close()
-
-
-def _original(error: Exception) -> BaseException:
-    """Return the driver's error, which SQLAlchemy's wraps."""
-    return error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-
-
-def _is_lost(error: Exception) -> bool:
-    """Return whether an error means that the connection cannot be used any more."""
-    # An error that SQLAlchemy has not wrapped came from the driver directly. Drivers have no common way to say this.
-    return error.connection_invalidated if isinstance(error, DBAPIError) else not isinstance(error, SQLAlchemyError)

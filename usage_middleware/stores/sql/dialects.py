@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
 from sqlalchemy import URL, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from ...errors import StoreError
 from ...extras import how_to_install
+from .batches import FOUND_ROWS, MULTI_STATEMENTS
 from .pool import ConnectionPool
 from .sql_schema import MYSQL
 
@@ -22,14 +25,6 @@ _DRIVERS: Final = {
     "mariadb": "mariadb+pymysql",
 }
 
-# Errors after which the server has rolled the transaction back: serialization_failure and deadlock_detected
-# (PostgreSQL's manual, 13.5; MySQL's, 17.7.5.3 "How to Minimize and Handle Deadlocks").
-_ROLLED_BACK_STATES: Final = ("40001", "40P01")
-_ROLLED_BACK_NUMBERS: Final = (1213,)
-# The server has refused a row. Its answer is complete with these errors too.
-_INTEGRITY_CLASS: Final = "23"
-_DUPLICATE: Final = 1062
-
 _TIMEOUT: Final = "timeout"
 _READ_COMMITTED: Final = "ISOLATION LEVEL READ COMMITTED"
 
@@ -42,10 +37,8 @@ class Manners:
     the lock was granted.
     """
 
-    #: The isolation levels that SQLAlchemy sets on a connection to read and to write, if it must. PostgreSQL's drivers
-    #: only remember them.
-    reading: str | None = None
-    writing: str | None = None
+    #: The isolation level that SQLAlchemy sets on a connection, if it must. PostgreSQL's drivers only remember it.
+    isolation_level: str | None = None
     #: The statements that begin a transaction, beyond what the driver sends.
     begin: tuple[str, ...] = ()
     #: The statements that begin a transaction that changes tables. MySQL commits after each such change, and what
@@ -66,10 +59,11 @@ def manners(engine: Engine, *, is_own: bool) -> Manners:
         return Manners(begin=(*isolation, "START TRANSACTION"), begin_preparing=("SET SESSION autocommit = 0",))
     if engine.dialect.name not in POSTGRESQL:
         return Manners()
-    if is_own:
-        begin = (f"BEGIN {_READ_COMMITTED}",)
-        return Manners(begin=begin, begin_preparing=begin, is_explicit=True)
-    return Manners(reading="AUTOCOMMIT", writing="READ COMMITTED")
+    # In autocommit mode, psycopg sends BEGIN together with what follows. By itself it waits for the answer.
+    begin = (f"BEGIN {_READ_COMMITTED}",)
+    return Manners(
+        isolation_level=None if is_own else "AUTOCOMMIT", begin=begin, begin_preparing=begin, is_explicit=True
+    )
 
 
 def parse_url(text: str | URL) -> URL:
@@ -145,7 +139,7 @@ def _connect_arguments(driver: str, timeout: float) -> dict[str, Any]:
         # SQL_ASCII database, psycopg returns bytes before a check of ours can say what is wrong.
         return {"prepare_threshold": None, "client_encoding": "utf8"}
     if driver == "pymysql":
-        return {"autocommit": True}
+        return {"autocommit": True, "client_flag": MULTI_STATEMENTS | FOUND_ROWS}
     if driver == "mysqldb":
         # This driver's timeouts cannot be changed once it is connected.
         seconds = max(round(timeout), 1)
@@ -159,20 +153,21 @@ def _read_committed(connection: Any, entry: object) -> None:
     cursor.close()
 
 
-def has_rolled_back(error: BaseException | None) -> bool:
-    """Return whether the server has rolled the transaction back, so that it can be retried."""
-    return _state(error) in _ROLLED_BACK_STATES or _number(error) in _ROLLED_BACK_NUMBERS
+def refuse_encoding(engine: Engine, seconds_left: Callable[[], float]) -> None:
+    """Let no call of ours use a database of PostgreSQL that does not know what its bytes mean.
 
+    With the encoding SQL_ASCII, psycopg returns text as bytes, on which even SQLAlchemy fails.
+    """
+    if engine.driver != "psycopg":
+        return
 
-def is_answered(error: BaseException | None) -> bool:
-    """Return whether an error is the server's complete answer, after which the connection can be used again."""
-    return has_rolled_back(error) or (_state(error) or "").startswith(_INTEGRITY_CLASS) or _number(error) == _DUPLICATE
-
-
-def _state(error: BaseException | None) -> str | None:
-    # psycopg has sqlstate, psycopg2 has pgcode.
-    return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
-
-
-def _number(error: BaseException | None) -> object:
-    return error.args[0] if error is not None and error.args else None
+    # Before SQLAlchemy's own listener, and not for what an engine's owner does with it.
+    @event.listens_for(engine, "connect", insert=True)
+    def check(connection: Any, entry: object) -> None:
+        # The server states it when it is connected to.
+        if seconds_left() > 0 and connection.info.parameter_status("server_encoding") == "SQL_ASCII":
+            name = engine.url.set(query={}).render_as_string(hide_password=True)
+            raise StoreError(
+                f"{name} has the encoding SQL_ASCII, in which text is only bytes; make another database, "
+                "with CREATE DATABASE name ENCODING 'UTF8' TEMPLATE template0"
+            )

@@ -22,7 +22,7 @@ from . import sql_migrations, sql_statements
 from .database import DEFAULT_TIMEOUT, Database
 from .dialects import POSTGRESQL
 from .sql_schema import MYSQL
-from .sql_statements import SQLTransaction
+from .sql_transaction import MOST_DIGESTS, SQLTransaction
 
 _Result = TypeVar("_Result")
 
@@ -115,7 +115,11 @@ class SQLAlchemyTokenStore(QuotaStore):
         return [(token_id, DayUsage(*usage)) for token_id, *usage in self._read(sql_statements.USAGE_BY_DAY, **place)]
 
     def taken(self, digests: Sequence[bytes]) -> set[bytes]:
-        return {bytes(row.digest) for row in self._read(sql_statements.TAKEN, digests=list(digests))}
+        return {
+            bytes(row.digest)
+            for start in range(0, len(digests), MOST_DIGESTS)
+            for row in self._read(sql_statements.TAKEN, digests=list(digests[start : start + MOST_DIGESTS]))
+        }
 
     def count(self) -> int:
         return int(self._read(sql_statements.COUNT)[0][0])

@@ -1,0 +1,84 @@
+"""How many round trips a call takes, counted by a proxy: what decides how fast a server that is a network away is."""
+
+from __future__ import annotations
+
+from contextlib import closing, contextmanager
+
+import pytest
+from proxies import Proxy
+from sqlalchemy import create_engine, make_url
+
+from usage_middleware import QuotaExceeded, SQLAlchemyTokenStore
+
+pytestmark = [pytest.mark.servers]
+
+
+@contextmanager
+def counted(database, *, own=True, **options):
+    """A store whose connection is open and whose statements were made, and its proxy."""
+    with closing(Proxy(database.server.port)) as proxy:
+        url = make_url(database.url).set(port=proxy.port)
+        engine = create_engine(url, **options)
+        with SQLAlchemyTokenStore(url if own else engine) as store:
+            key, token = store.create(total_available=10**6, model_limits={"m": 10**6})
+            store.charge(key, 1, model="m", idempotency_key="first")
+            store.settle(store.reserve(key, 1, model="m", idempotency_key="second"), 1)
+            yield store, proxy, key, token
+        engine.dispose()
+
+
+def round_trips(proxy, call):
+    before = proxy.round_trips
+    call()
+    return proxy.round_trips - before
+
+
+def test_a_call_takes_few_round_trips(database):
+    with counted(database) as (store, proxy, key, token):
+        taken = {
+            "look-up": round_trips(proxy, lambda: store.get(key)),
+            "look-up of an unknown key": round_trips(proxy, lambda: store.get("unknown")),
+            "charge": round_trips(proxy, lambda: store.charge(key, 1, model="m", idempotency_key="a")),
+            "repeated charge": round_trips(proxy, lambda: store.charge(key, 1, model="m", idempotency_key="a")),
+            "charge without model and key": round_trips(proxy, lambda: store.charge(key, 1)),
+            "reserve and settle": round_trips(
+                proxy, lambda: store.settle(store.reserve(key, 5, model="m", idempotency_key="b"), 3)
+            ),
+            "refund": round_trips(proxy, lambda: store.refund(store.find_operation(key, "a"))),
+            "grant": round_trips(proxy, lambda: store.grant(token.id, 5, idempotency_key="c")),
+            "refusal": round_trips(proxy, lambda: refused(store, key)),
+        }
+    assert taken == {
+        "look-up": 1,
+        "look-up of an unknown key": 1,
+        "charge": 3,
+        "repeated charge": 2,  # nothing is saved
+        "charge without model and key": 3,
+        "reserve and settle": 6,
+        "refund": taken["refund"],
+        "grant": 3,
+        "refusal": 2,
+    }
+    # find_operation reads through SQLAlchemy, which rolls back on MySQL.
+    assert taken["refund"] == (5 if database.is_mysql else 4)
+
+
+def refused(store, key):
+    with pytest.raises(QuotaExceeded):
+        store.charge(key, 10**9)
+
+
+@pytest.mark.parametrize("options", [{}, {"isolation_level": "AUTOCOMMIT"}], ids=["default", "AUTOCOMMIT"])
+def test_an_engine_of_the_host_takes_few_round_trips(database, options):
+    """psycopg's pipelines need no option. Over PyMySQL, the statements of an owner's connection are sent one by one."""
+    with counted(database, own=False, **options) as (store, proxy, key, _):
+        look_up = round_trips(proxy, lambda: store.get(key))
+        charge = round_trips(proxy, lambda: store.charge(key, 1, model="m", idempotency_key="a"))
+    assert look_up == (2 if database.is_mysql else 1)
+    assert charge == (11 if database.is_mysql else 3)
+
+
+def test_a_transaction_that_changes_nothing_is_not_begun(database):
+    with counted(database) as (store, proxy, _, _):
+        taken = round_trips(proxy, lambda: store._transact(lambda _: None))
+    assert taken <= 1

@@ -1,0 +1,135 @@
+"""How several statements are sent in one round trip, by the drivers that can.
+
+SQLAlchemy waits for each statement's answer before it sends the next. A transaction of the ledger reads from several
+tables and writes to several, all behind one row's lock, so those waits are what a busy token spends its time on.
+psycopg's pipeline mode sends statements without waiting. PyMySQL sends several as one text, if its connection was made
+with ``MULTI_STATEMENTS``. Both servers stop at the first error, so nothing after it is executed, a COMMIT included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from sqlalchemy import Connection, Executable, Select
+from sqlalchemy.engine import Dialect
+from sqlalchemy.sql import ClauseElement
+from sqlalchemy.types import TypeDecorator
+
+#: A statement and its parameters.
+Request = tuple[Executable, Mapping[str, Any]]
+Rows = Sequence[Sequence[Any]]
+
+_Convert = Callable[[Any], Any]
+
+# MySQL's "Capabilities Flags": several statements in one text; an UPDATE counts the rows that it has found.
+MULTI_STATEMENTS: Final = 1 << 16
+FOUND_ROWS: Final = 1 << 1
+
+
+class PreparedStatement:
+    """A statement as a driver's cursor takes it. Its text is made once, and its values are converted as SQLAlchemy
+    converts them."""
+
+    __slots__ = ("_defaults", "_from_database", "_to_database", "text")
+
+    def __init__(self, statement: Any, names: tuple[str, ...], dialect: Dialect) -> None:
+        compiled = statement.compile(dialect=dialect, column_keys=list(names))
+        self.text = str(compiled)
+        self._defaults: dict[str, Any] = dict(compiled.params)
+        self._to_database: list[tuple[str, _Convert]] = [
+            (name, convert)
+            for bind, name in compiled.bind_names.items()
+            if (convert := bind.type.dialect_impl(dialect).bind_processor(dialect)) is not None
+        ]
+        self._from_database: list[tuple[int, _Convert]] = []
+        if isinstance(statement, Select):
+            self._from_database = [
+                (place, convert)
+                for place, column in enumerate(statement.selected_columns)
+                # The drivers themselves give integers, floats, dates and text; ours are bytes on MySQL.
+                if isinstance(column.type, TypeDecorator)
+                and (convert := column.type.dialect_impl(dialect).result_processor(dialect, None)) is not None
+            ]
+
+    def parameters(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        values = {**self._defaults, **given}
+        for name, convert in self._to_database:
+            values[name] = convert(values[name])
+        return values
+
+    def rows(self, fetched: Rows) -> Rows:
+        if not self._from_database or not fetched:
+            return fetched
+        rows = [list(row) for row in fetched]
+        for row in rows:
+            for place, convert in self._from_database:
+                row[place] = convert(row[place])
+        return rows
+
+
+class Batches:
+    """Sends several statements over one connection."""
+
+    def __init__(self) -> None:
+        self._prepared: dict[tuple[ClauseElement, tuple[str, ...]], PreparedStatement] = {}
+
+    def prepare(self, statement: Any, names: tuple[str, ...], dialect: Dialect) -> PreparedStatement:
+        """Return a statement for the parameters of these names."""
+        prepared = self._prepared.get((statement, names))
+        if prepared is None:
+            prepared = self._prepared[statement, names] = PreparedStatement(statement, names, dialect)
+        return prepared
+
+    def can_send(self, connection: Connection) -> bool:
+        """Return whether the driver can send several statements in one round trip.
+
+        SQLAlchemy does not see them. So an engine that logs its statements, or has listeners for them (for traces, for
+        instance), gets them one by one.
+        """
+        seen = connection.dispatch
+        if connection.engine.echo or seen.before_cursor_execute or seen.after_cursor_execute:
+            return False
+        driver = connection.dialect.driver
+        if driver == "psycopg":
+            return _has_pipelines()
+        return driver == "pymysql" and bool(connection.connection.client_flag & MULTI_STATEMENTS)
+
+    def send(self, connection: Connection, begin: Sequence[str], requests: Sequence[Request]) -> list[Rows]:
+        """Send all statements, and return the rows of each request.
+
+        :raises Exception: the driver's error, of the first statement that failed.
+        """
+        dialect = connection.dialect
+        prepared = [self.prepare(statement, tuple(parameters), dialect) for statement, parameters in requests]
+        statements = [
+            (each.text, each.parameters(parameters)) for each, (_, parameters) in zip(prepared, requests, strict=True)
+        ]
+        send = _by_pipeline if dialect.driver == "psycopg" else _as_one_text
+        fetched = send(connection.connection.dbapi_connection, begin, statements)
+        return [each.rows(rows) for each, rows in zip(prepared, fetched, strict=True)]
+
+
+def _has_pipelines() -> bool:
+    from psycopg import Pipeline
+
+    return Pipeline.is_supported()  # libpq before 14 has none
+
+
+def _by_pipeline(connection: Any, begin: Sequence[str], statements: Sequence[tuple[str, Any]]) -> list[Rows]:
+    with connection.pipeline():
+        for text in begin:
+            connection.execute(text)
+        cursors = [connection.execute(text, values) for text, values in statements]
+    return [cursor.fetchall() if cursor.description else () for cursor in cursors]
+
+
+def _as_one_text(connection: Any, begin: Sequence[str], statements: Sequence[tuple[str, Any]]) -> list[Rows]:
+    cursor = connection.cursor()
+    texts = [*begin, *(cursor.mogrify(text, values) for text, values in statements)]
+    cursor.execute(";".join(texts))
+    fetched = [cursor.fetchall() if cursor.description else ()]
+    while cursor.nextset():
+        fetched.append(cursor.fetchall() if cursor.description else ())
+    cursor.close()
+    return fetched[len(begin) :]
