@@ -94,9 +94,12 @@ class MemoryTokenStore(QuotaStore):
 
     def _open(self) -> Content:
         """Return the content; the caller holds the lock."""
-        if self._content is None:
+        content = self._content
+        if content is None:
             raise StoreError("MemoryTokenStore is closed")
-        return self._content
+        # A second exception may have ended the last rollback early, or come just before a commit.
+        content.undo()
+        return content
 
     def close(self) -> None:
         self._content = None
