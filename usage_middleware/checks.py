@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Final
 
 MAX_INTEGER: Final = 2**63 - 1  # what a 64-bit column holds
@@ -35,7 +35,7 @@ def check_seconds(what: str, seconds: object) -> None:
     """:raises TypeError, ValueError: ``seconds`` is not a duration."""
     if not isinstance(seconds, (int, float)) or isinstance(seconds, bool):
         raise TypeError(f"{what} must be a number of seconds, got {type(seconds).__name__}")
-    if not (0 < seconds < math.inf):
+    if not 0 < seconds <= sys.float_info.max:
         raise ValueError(f"{what} must be more than 0 seconds, got {seconds!r}")
 
 
@@ -43,7 +43,7 @@ def check_time(what: str, time: object) -> None:
     """:raises TypeError, ValueError: ``time`` is not a Unix time."""
     if not isinstance(time, (int, float)) or isinstance(time, bool):
         raise TypeError(f"{what} must be a number of Unix seconds, got {type(time).__name__}")
-    if not math.isfinite(time):
+    if not -sys.float_info.max <= time <= sys.float_info.max:
         raise ValueError(f"{what} must be a number of Unix seconds, got {time!r}")
 
 

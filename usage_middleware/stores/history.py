@@ -53,8 +53,8 @@ class History(StoreHooks):
         for what, moment in (("since", since), ("until", until)):
             if moment is not None:
                 check_time(what, moment)
-        begin = -_FOREVER if since is None else since
-        end = _FOREVER if until is None else until
+        begin = -_FOREVER if since is None else float(since)
+        end = _FOREVER if until is None else float(until)
         return self._pages_of_history(token_id, begin, end) if can_exist(token_id) else iter(())
 
     def _pages_of_history(self, token_id: int, since: float, until: float) -> Iterator[Operation]:
@@ -84,7 +84,8 @@ class History(StoreHooks):
         operations = [operation for kind in kinds for operation in _OPERATIONS_OF[kind]]
         if not operations or not can_exist(token_id) or offset + size > MAX_INTEGER:
             return []
-        return [log_entry(found) for found in self._log(token_id, operations, since, until, offset, size)]
+        first, last = (max(-MAX_INTEGER, min(moment, MAX_INTEGER)) for moment in (since, until))
+        return [log_entry(found) for found in self._log(token_id, operations, first, last, offset, size)]
 
     def _log(
         self, token_id: int, kinds: Collection[Kind], since: int, until: int, offset: int, size: int
@@ -149,6 +150,7 @@ class History(StoreHooks):
         :raises TypeError, ValueError: ``before`` is not a time.
         """
         check_time("before", before)
+        before = float(before)
         lapsed_before = min(before, self._now())
         while token_ids := self._transact(lambda transaction: transaction.lapsed_tokens(lapsed_before, _PAGE_SIZE)):
             for token_id in token_ids:
@@ -162,7 +164,7 @@ class History(StoreHooks):
     def count_finished(self, before: float) -> int:
         """Return how many operations :meth:`prune` would delete."""
         check_time("before", before)
-        return self._count_finished(before, min(before, self._now()))
+        return self._count_finished(float(before), min(float(before), self._now()))
 
     def _release_lapsed(self, token_id: int, before: float) -> None:
         renewal_id = new_id()
