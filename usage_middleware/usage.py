@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from datetime import date, datetime, timezone
 from typing import NamedTuple
 
+from .checks import MAX_INTEGER
+
 
 class DayUsage(NamedTuple):
     """What one token used on one UTC day with one model.
@@ -45,7 +47,7 @@ def _sum(a: DayUsage, b: DayUsage) -> DayUsage:
         day=a.day,
         model=a.model,
         used=a.used + b.used,
-        requests=a.requests + b.requests,
-        input_tokens=a.input_tokens + b.input_tokens,
-        output_tokens=a.output_tokens + b.output_tokens,
+        requests=min(a.requests + b.requests, MAX_INTEGER),
+        input_tokens=min(a.input_tokens + b.input_tokens, MAX_INTEGER),
+        output_tokens=min(a.output_tokens + b.output_tokens, MAX_INTEGER),
     )

@@ -59,6 +59,8 @@ OPERATION_COLUMNS: Final = tuple(
 )
 #: The columns of usage by day after its ``token_id``.
 DAY_COLUMNS: Final = DayUsage._fields
+#: Those of them that only grow, and stop at 2**63 - 1: a figure must not keep a charge from being made.
+DAY_COUNTS: Final = ("requests", "input_tokens", "output_tokens")
 
 _OPERATION_ROW: Final = ("number", *OPERATION_COLUMNS)
 

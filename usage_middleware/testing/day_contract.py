@@ -36,6 +36,14 @@ class DayContract(QuotaStoreFixtures):
         ]
         assert holder.totals == (65, 935)
 
+    def test_no_figure_keeps_a_charge_from_being_made(self, holder: Holder, clock: Clock) -> None:
+        most = 2**63 - 1
+        holder.charge(1, input_tokens=most)
+        holder.charge(2, input_tokens=1, output_tokens=7)
+        holder.store.settle(holder.reserve(3), 4, input_tokens=most, output_tokens=most)
+        assert holder.days == [DayUsage(TODAY, "", 7, 3, most, most)]
+        assert holder.totals == (7, 993)
+
     def test_a_day_begins_at_midnight_in_utc(self, holder: Holder, clock: Clock) -> None:
         for moment in ("2027-01-15T23:59:59.999", "2027-01-16", "2024-02-29T12:00", "2026-12-31T23:59:59"):
             clock.on(moment)

@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
+    BigInteger,
     Insert,
     Select,
     Table,
     and_,
     bindparam,
+    case,
     delete,
     exists,
     func,
     insert,
+    literal_column,
     or_,
     select,
     union_all,
@@ -22,8 +25,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import mysql, postgresql
 
+from ...checks import MAX_INTEGER
 from ..rows import (
     DAY_COLUMNS,
+    DAY_COUNTS,
     OPERATION_COLUMNS,
     TOKEN_COLUMNS,
 )
@@ -186,17 +191,27 @@ FINISHED: Final = (
 FORGET: Final = delete(operations).where(operations.c.number.in_(bindparam("numbers", expanding=True)), _is_finished)
 
 
-def _adding(table: Table, figures: Sequence[str]) -> tuple[Insert, Insert]:
-    """Return the statement that adds figures to those of a row, or makes the row; for MySQL, and for PostgreSQL."""
+_most: Final = literal_column(str(MAX_INTEGER), BigInteger)
+
+
+def _adding(table: Table, counts: Sequence[str] = ()) -> tuple[Insert, Insert]:
+    """Return the statement that adds to the figures of a row, or makes the row; for MySQL, and for PostgreSQL.
+
+    :param counts: figures beside ``used`` that stop at the largest integer. The servers would refuse a larger sum.
+    """
+
+    def sums(added: Any) -> dict[str, Any]:
+        plain = {name: table.c[name] + added[name] for name in ("used", *counts)}
+        return plain | {name: case((table.c[name] > _most - added[name], _most), else_=plain[name]) for name in counts}
+
     on_mysql, on_postgresql = mysql.insert(table), postgresql.insert(table)
     return (
-        on_mysql.on_duplicate_key_update({name: table.c[name] + on_mysql.inserted[name] for name in figures}),
+        on_mysql.on_duplicate_key_update(sums(on_mysql.inserted)),
         on_postgresql.on_conflict_do_update(
-            index_elements=list(table.primary_key.columns),
-            set_={name: table.c[name] + on_postgresql.excluded[name] for name in figures},
+            index_elements=list(table.primary_key.columns), set_=sums(on_postgresql.excluded)
         ),
     )
 
 
-ADD_MODEL_USAGE: Final = _adding(model_usage, ("used",))
-ADD_DAY: Final = _adding(usage_by_day, DAY_COLUMNS[2:])  # after the day and the model
+ADD_MODEL_USAGE: Final = _adding(model_usage)
+ADD_DAY: Final = _adding(usage_by_day, DAY_COUNTS)

@@ -7,11 +7,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 from ...accounts import Account, Changes, Lookup
+from ...checks import MAX_INTEGER
 from ...operations import Kind
 from ...tokens import Token, TokenRecord, id_of
 from ...usage import DayUsage
 from ..rows import (
     DAY_COLUMNS,
+    DAY_COUNTS,
     OPERATION_COLUMNS,
     TOKEN_COLUMNS,
     changed_operation_values,
@@ -93,10 +95,14 @@ USAGE_BY_DAY: Final = (
 USAGE_OF_TOKEN: Final = (
     f"SELECT {', '.join(DAY_COLUMNS)} FROM usage_by_day WHERE token_id = ? AND day BETWEEN ? AND ? ORDER BY day, model"
 )
-_FIGURES: Final = DAY_COLUMNS[2:]  # after the day and the model
+# A sum that is not a 64-bit integer becomes a REAL, which the table refuses, and the charge would fail with it.
+_ADD_COUNTS: Final = ", ".join(
+    f"{c} = CASE WHEN {c} > {MAX_INTEGER} - excluded.{c} THEN {MAX_INTEGER} ELSE {c} + excluded.{c} END"
+    for c in DAY_COUNTS
+)
 _ADD_DAY: Final = (
     f"INSERT INTO usage_by_day (token_id, {', '.join(DAY_COLUMNS)}) VALUES (?, {_marks(DAY_COLUMNS)})"
-    f" ON CONFLICT (token_id, day, model) DO UPDATE SET {', '.join(f'{f} = {f} + excluded.{f}' for f in _FIGURES)}"
+    f" ON CONFLICT (token_id, day, model) DO UPDATE SET used = used + excluded.used, {_ADD_COUNTS}"
 )
 
 
