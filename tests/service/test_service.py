@@ -72,6 +72,11 @@ class Service:
         status, answer = self.send("GET", "/api/usage/token", key)
         return status, answer.get("data")
 
+    def days(self, key):
+        """What was used in the last days, in how many requests, and what is held."""
+        _, answer = self.send("GET", "/api/usage/token/days", key)
+        return answer["data"]["used"], answer["data"]["requests"], answer["data"]["held"]
+
 
 @pytest.fixture
 def service(store_text):
@@ -136,6 +141,7 @@ def test_a_service_over_any_store(service, command):
     status, reserved = service.send("POST", "/reserve/500", key)
     assert status == 200
     assert service.usage(key)[1]["total_used"] == 600
+    assert service.days(key) == (600, 3, 500)
     assert service.send("POST", "/reserve/101", key) == (402, {"refused": "QuotaExceeded"})
     for _ in range(2):
         assert service.send("POST", f"/settle/{reserved['id']}/200", key) == (200, {"left": 700})
@@ -144,6 +150,7 @@ def test_a_service_over_any_store(service, command):
         statuses = [status for status, _ in threads.map(lambda _: service.send("POST", "/charge/100", key), range(9))]
     assert sorted(statuses) == [200] * 7 + [402] * 2
     assert service.usage(key) == (200, {**expected, "total_used": 1000, "total_available": 0})
+    assert service.days(key) == (1000, 10, 0)
 
     command("grant", "1", "5")
     assert service.usage(key)[1]["total_available"] == 5

@@ -9,6 +9,7 @@ import time
 import uuid
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
+from datetime import date
 
 import pytest
 from processes import SPAWN
@@ -100,8 +101,18 @@ def hammer(open_, text, *, processes, threads, charges):
         assert token.total_available == quota - acknowledged
         # The last refusal was for lack of units: fewer are left than a process asked for.
         assert 0 <= token.total_available < MOST_UNITS
-        assert sum(operation.held for operation in store.history(token.id)) == acknowledged
+        operations = list(store.history(token.id))
+        assert sum(operation.held for operation in operations) == acknowledged
+        check_days(store, token, len(operations))
         assert all(future.result() > 0 for future in reads)
+
+
+def check_days(store, token, requests):
+    """Check that usage by day comes to what the token has used, and to the number of its charges."""
+    days = store.usage_by_day(token.id, date.min, date.max)
+    assert sum(day.used for day in days) == token.total_used
+    assert sum(day.requests for day in days) == requests
+    assert token.held == 0
 
 
 def small(text):
@@ -153,3 +164,4 @@ def test_an_operation_that_is_sent_ten_times_is_made_once(store_text, full):
         assert store.model_usage(token.id) == {"gpt-4o": sum(amount_of(number) for number in range(1, count, 2))}
         made = sorted(operation.idempotency_key for operation in store.history(token.id))
         assert made == sorted(f"request {number}" for number in range(count))
+        check_days(store, token, count)

@@ -112,7 +112,10 @@ def test_a_writer_that_is_killed(store_text, full, lanes, lives, all_lives):
             models[operation.model] += operation.held
         del models[None]
         assert Counter(store.model_usage(token.id)) == models
-        assert sum(day.used for day in store.usage_by_day(token.id, date.min, date.max)) == held
+        days = store.usage_by_day(token.id, date.min, date.max)
+        assert sum(day.used for day in days) == held
+        assert sum(day.requests for day in days) == sum(operation.is_request for operation in operations)
+        assert token_now.held == sum(operation.held for operation in operations if operation.is_open)
         names = {operation.id: operation.idempotency_key for operation in operations}
         lives = defaultdict(dict)
         for operation in operations:
