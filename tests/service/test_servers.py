@@ -16,6 +16,7 @@ from wsgiref.util import setup_testing_defaults
 from wsgiref.validate import validator
 
 import pytest
+from waiting import DEADLINE, until
 from web_servers import (
     AUTHORIZATION,
     KEEP_ALIVE,
@@ -293,9 +294,7 @@ def test_stream_is_closed_once(server: Server) -> None:
     assert server.ask(b"GET", b"/stream").body == b"one, two, three"
 
     # A server may close it a moment after it has sent the last of it.
-    deadline = time.monotonic() + 10
-    while not log.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(log.exists)
     server.ask(b"GET", b"/")
     assert log.read_text() == "closed\n"
 
@@ -307,7 +306,7 @@ def test_store_used_before_the_server_forks(tmp_path: Path) -> None:
         with SQLiteTokenStore(server.database) as store:
             key, _ = store.create(name="made meanwhile")
         answered: set[str | None] = set()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + DEADLINE
         while len(answered) < PRELOAD_WORKERS and time.monotonic() < deadline:
             for answer in _ask_each_worker(server, message(b"GET", PATH, b"Authorization: Bearer " + key.encode())):
                 assert b"made meanwhile" in answer.body

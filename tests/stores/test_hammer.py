@@ -69,7 +69,7 @@ def charge_all(open_, text, key, seeds, count):
 def read_until(done, store, key, quota):
     """Read the token over and over, and return how often. Every read must keep the invariant."""
     used = reads = 0
-    while not done.is_set():
+    while not reads or not done.is_set():
         token = store.get(key)
         assert token.total_granted == token.total_used + token.total_available == quota
         assert token.total_available >= 0

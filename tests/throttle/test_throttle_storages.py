@@ -85,7 +85,7 @@ try:
     for _ in range(30):
         child = os.fork()
         if not child:
-            signal.alarm(10)
+            signal.alarm(60)
             os._exit(guess(f"192.0.2.{os.getpid() % 200 + 10}") % 256)
         statuses.append(os.waitpid(child, 0)[1])
 finally:
@@ -201,7 +201,8 @@ def test_a_storage_that_hangs_holds_up_one_request_and_no_flood(clock, server, c
         assert statuses(app, 1000) == [401] * 1000
     finally:
         server.process.send_signal(signal.SIGCONT)
-    assert time.monotonic() - started < 5
+    # Each would wait for more than a second.
+    assert time.monotonic() - started < 100
     assert len(caplog.records) == 1
 
 

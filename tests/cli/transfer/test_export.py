@@ -1,5 +1,6 @@
 """``export``, round trips, and what is shown while either runs."""
 
+import gc
 import io
 import os
 import pty
@@ -204,7 +205,7 @@ def test_a_bar_is_shown_at_a_terminal(db):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(run, db, monkeypatch, full):
-    """A part of the rows takes as much of it as all of them, if it is more than two pages of a store's tokens."""
+    """A part of the rows takes as much memory as all of them, if it is more than two pages of a store's tokens."""
     monkeypatch.setattr("usage_middleware.cli.transfer.importing.BATCH", 300)
     count = 100_000 if full else 6000
     peaks = []
@@ -217,6 +218,7 @@ def test_memory_does_not_grow_with_the_rows(run, db, monkeypatch, full):
             ("export", "--output", f"{size}.jsonl"),
             ("import", "--db", f"{size}.db", "tokens.db"),
         ):
+            gc.collect()
             tracemalloc.start()
             try:
                 run(*args)
@@ -224,4 +226,5 @@ def test_memory_does_not_grow_with_the_rows(run, db, monkeypatch, full):
             finally:
                 tracemalloc.stop()
         peaks.append(peak)
-    assert peaks[1] < peaks[0] * 1.2
+    # Three times the rows. What Python has not collected yet differs from run to run.
+    assert peaks[1] < peaks[0] * 1.5

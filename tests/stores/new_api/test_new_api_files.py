@@ -13,6 +13,7 @@ import pytest
 from client import ask
 from forks import forked
 from gateway import KEY, OLDEST, Gateway, endpoint
+from waiting import DEADLINE
 
 from usage_middleware import (
     NewAPITokenStore,
@@ -203,15 +204,16 @@ def test_a_reader_among_writes_sees_whole_transactions(sqlite_gateway, mode, wha
     path = sqlite_gateway.engine.url.database
     sqlite_gateway.execute("UPDATE tokens SET used_quota = 0, model_limits = ''")
     seen = set()
-    deadline = time.monotonic() + (60 if full else 1.5)
+    end = time.monotonic() + (60 if full else 1.5)
     with writer_process(path, mode, what) as process, NewAPITokenStore(path) as store:
-        while time.monotonic() < deadline:
+        # A busy machine lets the two take turns seldom.
+        while time.monotonic() < end or (len(seen) < 20 and time.monotonic() < end + DEADLINE):
             token = store.get(KEY)
             limits = "".join(token.model_limits)
             assert limits in ("", str(token.total_used % 10) * 50_000)
             seen.add(token.total_used)
         assert process.poll() is None
-    assert len(seen) > 20
+    assert len(seen) >= 20
 
 
 @pytest.mark.parametrize("writer_stays", [True, False])
