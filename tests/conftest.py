@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import signal
 import subprocess
 
 import databases
@@ -12,6 +13,10 @@ from places import ROOT
 from waiting import until_logged
 
 pytest.register_assert_rewrite("usage_middleware.testing")
+
+# A shell starts what runs in the background, or under nohup, with signals that are ignored, and children inherit that.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 from usage_middleware import Changes, MemoryTokenStore, SQLiteTokenStore, Token  # noqa: E402 - after the line above
 from usage_middleware.keys import with_prefix  # noqa: E402
