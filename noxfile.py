@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,7 +81,9 @@ def environment(session: nox.Session, python: str) -> dict[str, str]:
     # Not a link: an environment that is made by way of a link would look for its library beside it.
     (shims / "python3").write_text(f'#!/bin/sh\nexec "{python}" "$@"\n')
     (shims / "python3").chmod(0o755)
-    return {"PATH": f"{shims}{os.pathsep}{os.environ['PATH']}"}
+    # Session.create_tmp names its folder as TMPDIR. It lies in one of .ci/run's that only its owner may enter, and the
+    # database servers of the tests run as another user where root runs the tests.
+    return {"PATH": f"{shims}{os.pathsep}{os.environ['PATH']}", "TMPDIR": tempfile.gettempdir()}
 
 
 def command_of_readme(part: str) -> str:
