@@ -59,12 +59,6 @@ class Watched:
         assert self.store.get(self.holders[0][0]).total_used == 5 * self.charges
 
 
-@pytest.fixture(autouse=True)
-def at_full_size(full):
-    if not full:
-        pytest.skip("thousands of interrupted calls take minutes: --full")
-
-
 @pytest.fixture(params=["url", "engine"])
 def watched(request, database):
     engine = create_engine(database.url)
@@ -82,16 +76,20 @@ def interrupt(number, call):
 
 
 def count_steps(call):
-    """How many steps a call takes, within a few."""
-    number = 1
-    while interrupt(number, call):
-        number *= 2
-        assert number < 2**22, "the call fails by itself, and not because it is interrupted"
-    low, high = number // 2, number
-    while high - low > low // 50:
-        middle = (low + high) // 2
-        low, high = (middle, high) if interrupt(middle, call) else (low, middle)
-    return high
+    steps = 0
+
+    def step(frame, event, argument):
+        nonlocal steps
+        frame.f_trace_opcodes = True
+        steps += 1
+        return step
+
+    sys.settrace(step)
+    try:
+        call()
+    finally:
+        sys.settrace(None)
+    return steps
 
 
 def test_a_look_up_that_is_interrupted(watched, full):
@@ -101,7 +99,7 @@ def test_a_look_up_that_is_interrupted(watched, full):
     call()
     steps = count_steps(call)
     watched.check()
-    some = range(1, steps + 1, 1 if full else max(steps // 40, 1))
+    some = range(1, steps + 1, 1 if full else max(steps // 20, 1))
     for number in some:
         interrupt(number, call)
         watched.check()
@@ -112,7 +110,7 @@ def test_a_charge_that_is_interrupted(watched, full):
     watched.repeat_charge()
     steps = count_steps(watched.charge)
     watched.repeat_charge()
-    some = range(1, steps + 1, max(steps // (3000 if full else 40), 1))
+    some = range(1, steps + 1, max(steps // (3000 if full else 20), 1))
     for number in some:
         interrupt(number, watched.charge)
         watched.check()

@@ -8,6 +8,7 @@ with ``MULTI_STATEMENTS``. Both servers stop at the first error, so nothing afte
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -117,10 +118,21 @@ def _has_pipelines() -> bool:
 
 
 def _by_pipeline(connection: Any, begin: Sequence[str], statements: Sequence[tuple[str, Any]]) -> list[Rows]:
-    with connection.pipeline():
-        for text in begin:
-            connection.execute(text)
-        cursors = [connection.execute(text, values) for text, values in statements]
+    outside = sys.exc_info()[1]  # what the caller is handling already
+    try:
+        with connection.pipeline():
+            for text in begin:
+                connection.execute(text)
+            cursors = [connection.execute(text, values) for text, values in statements]
+    except Exception as error:
+        # If an exception from outside interrupts psycopg in the pipeline, leaving the pipeline fails too, and only that
+        # is raised.
+        interrupt = error.__context__
+        while isinstance(interrupt, Exception) and interrupt is not outside:
+            interrupt = interrupt.__context__
+        if interrupt is not None and interrupt is not outside:
+            raise interrupt from None
+        raise
     return [cursor.fetchall() if cursor.description else () for cursor in cursors]
 
 
