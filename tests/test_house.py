@@ -18,7 +18,7 @@ from usage_middleware.cli import commands
 
 PACKAGE = Path(usage_middleware.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-MOST_LINES = 380  # about 300: a file of more is two
+MOST_LINES = 350  # about 300: a file of more is two
 MOST_FILES = 18  # of a room
 CONCRETE_STORES = ("stores.memory", "stores.sqlite", "stores.sql", "stores.new_api")
 
@@ -187,7 +187,9 @@ def described_members(public):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_a_public_name_is_described(name):
     public = getattr(usage_middleware, name)
-    assert inspect.getdoc(public)
+    # A class does not inherit the description of its base, and what `dataclass` makes is not one.
+    assert public.__doc__
+    assert not public.__doc__.startswith(f"{name}(")
     members = described_members(public)
     assert [member for member, value in members if not member.startswith("_") and not inspect.getdoc(value)] == []
 
