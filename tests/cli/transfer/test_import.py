@@ -59,6 +59,7 @@ def test_json_lines(run, db):
     assert [(token.name, token.total_used) for token in tokens(db)] == [("", 1), ("\u2028", 0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "row"),
     [

@@ -199,6 +199,7 @@ def writer_process(path, mode, what):
         process.stdout.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "what"), [("delete", "stays"), ("wal", "stays"), ("wal", "reopens")])
 def test_a_reader_among_writes_sees_whole_transactions(sqlite_gateway, mode, what, full):
     path = sqlite_gateway.engine.url.database
