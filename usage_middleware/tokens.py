@@ -24,7 +24,7 @@ _INTEGER_FIELDS: Final = (
     "renews_at",
     "held",
 )
-_BOOLEAN_FIELDS: Final = ("unlimited_quota", "model_limits_enabled", "enabled")
+BOOLEAN_FIELDS: Final = ("unlimited_quota", "model_limits_enabled", "enabled")
 _UNITS: Final = {
     "expires_at": " of Unix seconds (0: never)",
     "created_at": " of Unix seconds",
@@ -96,7 +96,7 @@ class Token:
     def _check_fields(self) -> None:
         for name in _INTEGER_FIELDS:
             _check_integer(name, getattr(self, name))
-        for name in _BOOLEAN_FIELDS:
+        for name in BOOLEAN_FIELDS:
             if type(getattr(self, name)) is not bool:
                 raise TypeError(f"Token.{name} must be True or False, got {getattr(self, name)!r}")
         _check_text("name", self.name)
@@ -156,7 +156,7 @@ def _check_text(name: str, value: object) -> None:
 
 
 def _checked_limits(limits: object) -> dict[str, int | bool]:
-    if not isinstance(limits, Mapping):
+    if type(limits) is not dict and not isinstance(limits, Mapping):  # dict first: an ABC takes longer to ask
         raise TypeError(f"Token.model_limits must be a mapping of model names, got {limits!r}")
     if not limits:
         return {}

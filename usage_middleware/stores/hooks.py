@@ -6,8 +6,8 @@ A store locks, loads, saves and commits, and knows no rule. Each hook may raise
 
 from __future__ import annotations
 
+import secrets
 import time
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
@@ -111,4 +111,4 @@ def new_id() -> str:
 
     It is made before the transaction, so a transaction that is retried makes the same operation.
     """
-    return uuid.uuid4().hex
+    return secrets.token_hex(16)

@@ -3,7 +3,6 @@
 import itertools
 import secrets
 import sqlite3
-import uuid
 from contextlib import closing, contextmanager
 
 import pytest
@@ -39,7 +38,7 @@ def nothing_random(first_id=1):
     """Within it, keys are all the same, and the ids of operations are numbers that follow each other."""
     numbers = itertools.count(first_id)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=next(numbers)))
+        patch.setattr(secrets, "token_hex", lambda size: f"{next(numbers):0{2 * size}x}")
         patch.setattr(secrets, "choice", lambda sequence: sequence[0])
         yield
 
@@ -55,7 +54,7 @@ def _always_the_same(call):
 
 
 # The ids of the operations of `make_ledger`.
-CHARGE, OPEN, LAPSED, REFUND = (uuid.UUID(int=number).hex for number in (100, 200, 300, 400))
+CHARGE, OPEN, LAPSED, REFUND = (f"{number:032x}" for number in (100, 200, 300, 400))
 
 
 def make_ledger(path):
