@@ -27,7 +27,7 @@ from sqlite_files import (
     watch_connections,
 )
 
-from usage_middleware import SQLiteTokenStore, StoreError
+from usage_middleware import SQLiteTokenStore, StoreError, forks
 from usage_middleware.stores.sqlite import connections
 
 # --- Fork
@@ -128,6 +128,49 @@ def test_a_fork_by_c_code_leaves_a_child_without_the_database(path):
     in_a_process(fork_in_c_after_use, path)
     with SQLiteTokenStore(path) as store:
         assert [token.name for token in store.tokens()] == ["parent", "parent, afterwards"]
+
+
+def fork_in_a_transaction(path, by):
+    """Forks in the middle of what a transaction does, as a signal handler may."""
+    forks._PATIENCE = 0.05
+    opened = watch_connections()
+    store = SQLiteTokenStore(path)
+    key, _ = create(store)
+    (connection,) = opened
+    children = []
+
+    def work(transaction):
+        children.append(os.fork() if by == "Python" else ctypes.CDLL(None).fork())
+        if children[0] == 0:
+            connection.set_trace_callback(lambda statement: print(statement, flush=True))
+
+    said = None
+    try:
+        store._transact(work)
+    except StoreError as error:
+        said = str(error)
+    assert said == (
+        None if children[0] else f"{path} was in a transaction when this process was forked; its parent goes on with it"
+    )
+    if children[0] == 0:
+        del connection
+        opened.clear()
+        inherited = open_files(path)
+        with pytest.raises(StoreError, match="was open when this process was forked"):
+            store.create()
+        store.close()
+        gc.collect()
+        assert open_files(path).keys() == inherited.keys()  # which their parent may have removed
+        assert len(inherited) >= 3
+        sys.exit()
+    assert os.waitpid(children[0], 0)[1] == 0
+    assert store.charge(key, 1).total_used == 1
+
+
+@needs_proc
+@pytest.mark.parametrize("by", ["Python", "C"])
+def test_a_child_that_is_forked_in_a_transaction_leaves_it_to_its_parent(path, by):
+    assert in_a_process(fork_in_a_transaction, path, by) == ""
 
 
 @pytest.mark.slow

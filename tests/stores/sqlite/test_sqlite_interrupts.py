@@ -22,7 +22,7 @@ from holders import create
 from interrupts import Interrupt, interrupted_at
 from processes import in_a_process
 
-from usage_middleware import QuotaExceeded, SQLiteTokenStore, StoreError, forks
+from usage_middleware import QuotaExceeded, SQLiteTokenStore, StoreError, TokenNotFound, forks
 
 pytestmark = pytest.mark.slow
 
@@ -272,3 +272,27 @@ def test_a_turn_whose_owner_died_is_taken(tmp_path, monkeypatch):
 def _impatient(store):
     store._connections._timeout = 0.05
     return store
+
+
+def test_a_connection_that_an_unknown_exception_has_passed_is_not_used_again(ledger):
+    pool = ledger.pool
+
+    def refuse(transaction):
+        raise TokenNotFound
+
+    def fail(transaction):
+        raise error
+
+    ledger.store.get(ledger.key)
+    (before,) = pool.idle
+    with pytest.raises(TokenNotFound):
+        ledger.store._transact(refuse)
+    assert pool.idle == [before]
+    for error in (Interrupt(), RuntimeError(), MemoryError()):
+        with pytest.raises(type(error)):
+            ledger.store._transact(fail)
+        assert before not in pool.idle
+        with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+            before.connection.execute("SELECT 1")
+        ledger.store.get(ledger.key)
+        (before,) = pool.idle

@@ -163,6 +163,27 @@ def test_a_log_without_its_index_is_not_given_one(owned, monkeypatch):
             assert store.get(key).total_used == 1
 
 
+def test_a_log_does_not_go_just_before_it_is_read(owned, monkeypatch):
+    """Its owner closes it when a reader has looked at its files. The reader would make the log again."""
+    path, key = owned
+    exists = os.path.exists
+    logs = []
+
+    def close_afterwards(file):
+        is_there = exists(file)
+        if str(file).endswith("-shm"):
+            monkeypatch.setattr(os.path, "exists", exists)
+            logs.append(os.stat(f"{path}-wal"))
+            owner.stdin.close()
+            owner.wait()
+        return is_there
+
+    with in_use(path, key) as owner, SQLiteTokenStore(path, read_only=True) as store:
+        monkeypatch.setattr(os.path, "exists", close_afterwards)
+        assert store.get(key).total_used == 1
+        assert os.path.samestat(os.stat(f"{path}-wal"), *logs)
+
+
 def test_a_process_that_reads_first_can_still_write(owned):
     path, key = owned
     with ExitStack() as stack:

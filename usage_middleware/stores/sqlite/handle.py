@@ -59,7 +59,7 @@ class Handle:
     def close(self) -> None:
         """Close the connection. Calling it again is fine. If it is inherited, leave it alone and never free it."""
         if self.is_inherited:
-            forks.keep(self.connection)
+            forks.keep(self)
             return
         with suppress(sqlite3.ProgrammingError):  # if SQLite was not reached
             self.connection.close()

@@ -16,6 +16,7 @@ from typing import Final, TypeVar
 from ... import forks
 from ...errors import StoreError
 from .handle import Box, Handle, close_all, open_handle
+from .shared_lock import SharedLock, is_wal
 
 _Result = TypeVar("_Result")
 
@@ -25,13 +26,8 @@ _TIMEOUT: Final = 5.0  # seconds within which a writer should have finished its 
 _TRANSITION: Final = 1.0
 _PAUSE: Final = 0.001  # seconds between two attempts
 
-_WAL_HEADER: Final = b"\2\2"  # the two bytes at 18: the versions of the file format (sqlite.org/fileformat.html, 1.3)
-
 # Options of an SQLite URI (sqlite.org/uri.html).
 _LIVE: Final = "mode=ro"
-# Not on that page: SQLite neither makes nor writes the file -shm. A process opens that file in one way for all its
-# connections. So a process that may write it opens it for writing, or it could not write the database either.
-_LIVE_OF_ANOTHER_USER: Final = "mode=ro&readonly_shm=1"
 # SQLite takes no lock on an immutable file and looks for no files beside it. The file is not really immutable. But as
 # long as there is no log, no program writes, and has_changed() notices a log that appears later.
 _FROZEN: Final = "mode=ro&immutable=1"
@@ -51,20 +47,27 @@ def open_reader(box: Box, path: str, *, timeout: float = 0.0, epoch: object = No
     """
     file = os.path.realpath(path)  # SQLite looks for the log beside the file that a symbolic link leads to
     deadline = time.monotonic() + _TRANSITION
-    while (frozen := _frozen_state(file)) is None and os.path.exists(f"{file}-wal") > os.path.exists(f"{file}-shm"):
+    while True:
+        frozen = _frozen_state(file)
+        if frozen is not None:
+            return open_handle(box, file, _FROZEN, timeout=timeout, epoch=epoch, frozen=frozen)
+        if not is_wal(file):
+            return open_handle(box, file, _LIVE, timeout=timeout, epoch=epoch)
+        lock = SharedLock(file)
+        with lock, lock:
+            if lock.is_held and os.path.exists(f"{file}-wal") and os.path.exists(f"{file}-shm"):
+                connection = open_handle(box, file, _LIVE, timeout=timeout, epoch=epoch)
+                # From its first statement on, it has a lock of its own.
+                connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
+                return connection
         if time.monotonic() >= deadline:
+            if not lock.is_held:
+                raise sqlite3.OperationalError("database is locked")
             raise StoreError(
                 f"{path} has a write-ahead log ({os.path.basename(file)}-wal) without its index (-shm), as after a "
                 "crash or a copy; open it once for writing"
             )
         time.sleep(_PAUSE)
-    if frozen is not None:
-        options = _FROZEN
-    elif os.access(f"{file}-shm", os.W_OK, effective_ids=os.access in os.supports_effective_ids):
-        options = _LIVE
-    else:
-        options = _LIVE_OF_ANOTHER_USER
-    return open_handle(box, file, options, timeout=timeout, epoch=epoch, frozen=frozen)
 
 
 def has_changed(reader: Handle) -> bool:
@@ -138,14 +141,6 @@ def _decode(text: bytes) -> str:
     return text.decode("utf-8", "surrogateescape")
 
 
-def is_wal(path: str) -> bool:
-    """Return whether a database is in WAL mode, which stays with its file.
-
-    :raises OSError: the file cannot be read.
-    """
-    return _is_wal(path, os.stat(path))
-
-
 def _frozen_state(path: str) -> object:
     """Return a value that changes when the database is written, or ``None`` if a reader needs locks.
 
@@ -154,33 +149,9 @@ def _frozen_state(path: str) -> object:
     A program that writes a database has a log as long as it is open, and changes the file before it removes the log.
     """
     status = os.stat(path)
-    if os.path.exists(f"{path}-wal") or not _is_wal(path, status):
+    if os.path.exists(f"{path}-wal") or not is_wal(path):
         return None
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-# By device and inode. No other file gets the same inode as long as this one is open. The files stay open: closing any
-# descriptor of a file releases every lock that the process has on it, those of SQLite's connections too
-# (sqlite.org/howtocorrupt.html, section 2.2).
-_descriptors: Final[dict[tuple[int, int], int]] = {}
-
-
-def _is_wal(path: str, status: os.stat_result) -> bool:
-    descriptor = _descriptors.get((status.st_dev, status.st_ino))
-    if descriptor is None:
-        _close_removed()
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        opened = os.fstat(descriptor)
-        _descriptors.setdefault((opened.st_dev, opened.st_ino), descriptor)
-    return os.pread(descriptor, len(_WAL_HEADER), 18) == _WAL_HEADER
-
-
-def _close_removed() -> None:
-    """Close removed files, which would otherwise take space until this process ends."""
-    for file, descriptor in list(_descriptors.items()):
-        # Only one thread gets the descriptor, and closes it.
-        if os.fstat(descriptor).st_nlink == 0 and _descriptors.pop(file, None) is not None:
-            os.close(descriptor)
 
 
 def columns(path: str, table: str) -> set[str]:

@@ -10,6 +10,7 @@ from typing import Final
 
 from ..findings import Finding, ok, problem, warning
 from . import reading, sqlite_errors
+from .shared_lock import is_wal
 
 _MOST_DAMAGES: Final = 5  # of a damaged file that are listed
 _LARGE_LOG: Final = 100 * 2**20  # bytes; SQLite starts the log again at about 4 MiB (1,000 pages)
@@ -27,7 +28,7 @@ def findings(path: str) -> Iterator[Finding]:
     except sqlite3.Error as error:
         raise sqlite_errors.explained(path, error, "read") from error
     # A connection that leaves no log behind cannot read one either.
-    if reading.is_wal(path):
+    if is_wal(path):
         yield ok("journal mode is WAL")
     else:
         yield problem(f"journal mode is {mode!r}: readers and writers wait for each other; PRAGMA journal_mode=WAL")

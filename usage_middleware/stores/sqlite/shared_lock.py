@@ -1,0 +1,85 @@
+"""A look at a database's file itself, and a lock on it that keeps its log where it is."""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+from contextlib import suppress
+from typing import Final, Literal
+
+with suppress(ImportError):  # Windows has none
+    import fcntl
+
+_HAS_LOCKS: Final = sys.platform == "linux"
+
+_WAL_HEADER: Final = b"\2\2"  # the two bytes at 18: the versions of the file format (sqlite.org/fileformat.html, 1.3)
+
+# The bytes that a connection which reads has locked (in SQLite's sources, os.h: SHARED_FIRST and SHARED_SIZE). A
+# program that closes a database as the last one locks them all for itself before it removes the log.
+_FIRST: Final = 0x40000000 + 2
+_LENGTH: Final = 510
+
+# By device and inode. No other file gets the same inode as long as this one is open. The files stay open: closing any
+# descriptor of a file releases every lock that the process has on it, those of SQLite's connections too
+# (sqlite.org/howtocorrupt.html, section 2.2).
+_descriptors: Final[dict[tuple[int, int], int]] = {}
+
+
+def is_wal(path: str) -> bool:
+    """Return whether a database is in WAL mode, which stays with its file.
+
+    :raises OSError: the file cannot be read.
+    """
+    return os.pread(_descriptor(path), len(_WAL_HEADER), 18) == _WAL_HEADER
+
+
+class SharedLock:
+    """While it is held, no program removes the log of a database or its index.
+
+    SQLite's own lock would not do, as SQLite takes it after it has looked for a log, and makes one if there is none.
+    This one is of the open file, and not of the process: it is there beside SQLite's, and goes without it. Systems
+    other than Linux do without; the time in which another program may come is short.
+
+    Like a :class:`~.turn.Turn`, it is entered twice.
+
+    :raises OSError: the file cannot be read.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._descriptor = _descriptor(path)
+        self.is_held = False
+
+    def __enter__(self) -> SharedLock:
+        if not self.is_held:
+            with suppress(BlockingIOError):
+                self._set("F_RDLCK")
+                self.is_held = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._set("F_UNLCK")
+
+    def _set(self, kind: Literal["F_RDLCK", "F_UNLCK"]) -> None:
+        if _HAS_LOCKS:
+            lock = struct.pack("hhqqi", getattr(fcntl, kind), os.SEEK_SET, _FIRST, _LENGTH, 0)  # struct flock
+            fcntl.fcntl(self._descriptor, fcntl.F_OFD_SETLK, lock)
+
+
+def _descriptor(path: str) -> int:
+    status = os.stat(path)
+    descriptor = _descriptors.get((status.st_dev, status.st_ino))
+    if descriptor is None:
+        _close_removed()
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        opened = os.fstat(descriptor)
+        _descriptors.setdefault((opened.st_dev, opened.st_ino), descriptor)
+    return descriptor
+
+
+def _close_removed() -> None:
+    """Close removed files, which would otherwise take space until this process ends."""
+    for file, descriptor in list(_descriptors.items()):
+        # Only one thread gets the descriptor, and closes it.
+        if os.fstat(descriptor).st_nlink == 0 and _descriptors.pop(file, None) is not None:
+            os.close(descriptor)
