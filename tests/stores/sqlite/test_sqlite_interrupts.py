@@ -9,12 +9,14 @@ A function that runs ``in_a_process`` of its own is above the test that calls it
 
 import os
 import random
+import re
 import signal
 import sqlite3
 import sys
 import threading
 import warnings
 from contextlib import closing, suppress
+from pathlib import Path
 
 import pytest
 from forks import forked
@@ -55,6 +57,9 @@ class Ledger:
         assert forks._held.get(os.getpid(), set()) <= {*_references(pool), *_references(self.pool)}
         self.other.execute("BEGIN IMMEDIATE")
         self.other.execute("ROLLBACK")
+        # Nor the lock of a reader that opens it.
+        if os.path.exists("/proc/locks"):
+            assert not re.search(rf"OFDLCK .*:{os.stat(self.path).st_ino} ", Path("/proc/locks").read_text())
 
     @property
     def pool(self):

@@ -55,13 +55,14 @@ def open_reader(box: Box, path: str, *, timeout: float = 0.0, epoch: object = No
             return open_handle(box, file, _LIVE, timeout=timeout, epoch=epoch)
         lock = SharedLock(file)
         with lock, lock:
-            if lock.is_held and os.path.exists(f"{file}-wal") and os.path.exists(f"{file}-shm"):
+            is_held = lock.take()
+            if is_held and os.path.exists(f"{file}-wal") and os.path.exists(f"{file}-shm"):
                 connection = open_handle(box, file, _LIVE, timeout=timeout, epoch=epoch)
                 # From its first statement on, it has a lock of its own.
                 connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
                 return connection
         if time.monotonic() >= deadline:
-            if not lock.is_held:
+            if not is_held:
                 raise sqlite3.OperationalError("database is locked")
             raise StoreError(
                 f"{path} has a write-ahead log ({os.path.basename(file)}-wal) without its index (-shm), as after a "

@@ -48,17 +48,20 @@ class SharedLock:
 
     def __init__(self, path: str) -> None:
         self._descriptor = _descriptor(path)
-        self.is_held = False
 
     def __enter__(self) -> SharedLock:
-        if not self.is_held:
-            with suppress(BlockingIOError):
-                self._set("F_RDLCK")
-                self.is_held = True
         return self
 
     def __exit__(self, *_: object) -> None:
         self._set("F_UNLCK")
+
+    def take(self) -> bool:
+        """Return whether it is held. It is not if a program is about to remove the log."""
+        try:
+            self._set("F_RDLCK")
+        except BlockingIOError:
+            return False
+        return True
 
     def _set(self, kind: Literal["F_RDLCK", "F_UNLCK"]) -> None:
         if _HAS_LOCKS:
