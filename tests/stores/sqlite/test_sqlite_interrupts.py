@@ -52,7 +52,7 @@ class Ledger:
 
     def check_nothing_is_left(self, store):
         pool = store._connections._pools.get()
-        assert not pool.lock.lock.locked()
+        assert not pool.queue.lock.locked()
         # Not even one that is closed and counts as open.
         assert forks._held.get(os.getpid(), set()) <= {*_references(pool), *_references(self.pool)}
         self.other.execute("BEGIN IMMEDIATE")
@@ -261,12 +261,12 @@ def test_several_exceptions_at_once(tmp_path, full):
 
 def test_a_turn_whose_owner_died_is_taken(tmp_path, monkeypatch):
     """As after more exceptions at once than anything can be made for."""
-    monkeypatch.setattr("usage_middleware.stores.sqlite.turn._LOOK_INTERVAL", 0.01)
+    monkeypatch.setattr("usage_middleware.stores.sqlite.group_commit._LOOK_INTERVAL", 0.01)
     with SQLiteTokenStore(tmp_path / "tokens.db", timeout=5) as store:
         key, _ = create(store)
-        from usage_middleware.stores.sqlite.turn import Turn
+        from usage_middleware.stores.sqlite.group_commit import Turn, Unit
 
-        turn = Turn(store._connections._pools.get().lock)
+        turn = Turn(store._connections._pools.get().queue, Unit(None))
         assert turn.take(0)
         with pytest.raises(StoreError, match="locked"):
             SQLiteTokenStore.charge(_impatient(store), key, 1)

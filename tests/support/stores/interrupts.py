@@ -17,18 +17,9 @@ def interrupted_at(number, call, then):
     :param then: is called afterwards, while the exception is handled.
     :return: whether the call took so many steps.
     """
-    left = number
-
-    def step(frame, event, argument):
-        nonlocal left
-        frame.f_trace_opcodes = _STOPS_AT_OPCODES
-        left -= 1
-        if left == 0:
-            raise Interrupt  # which ends the tracing
-        return step
-
     before = sys.gettrace()
-    sys.settrace(step)
+    steps = _Steps(number)
+    sys.settrace(steps.count)
     try:
         call()
     except Interrupt:
@@ -39,4 +30,41 @@ def interrupted_at(number, call, then):
         then()
     finally:
         sys.settrace(before)
-    return left <= 0
+    return steps.left <= 0
+
+
+def interrupt_from_here(number, *functions):
+    """Like :func:`interrupted_at`, but from the middle of a call on: its steps are counted when this has returned.
+
+    :param functions: those whose frames are interrupted too, of which the caller is in the middle.
+    :return: a function that returns whether there were so many steps. It ends the counting.
+    """
+    steps = _Steps(number)
+    codes = {function.__code__ for function in functions}
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code in codes:
+            frame.f_trace = steps.count
+            frame.f_trace_opcodes = _STOPS_AT_OPCODES
+        frame = frame.f_back
+    sys.settrace(steps.count)
+
+    def end():
+        sys.settrace(None)
+        return steps.left <= 0
+
+    return end
+
+
+class _Steps:
+    def __init__(self, number):
+        self.left = number
+
+    def count(self, frame, event, argument):
+        if frame.f_code.co_filename == __file__:
+            return None
+        frame.f_trace_opcodes = _STOPS_AT_OPCODES
+        self.left -= 1
+        if self.left == 0:
+            raise Interrupt  # which ends the tracing
+        return self.count

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import sqlite3
-import stat
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -14,15 +12,15 @@ from typing import Any, Final, TypeVar
 from ... import forks
 from ...errors import QuotaError, StoreError
 from . import reading, sqlite_errors
+from .database_file import identity, make_file, use_write_ahead_log
+from .group_commit import Disturbed, NoTurn, Turn, Unit, WriteQueue
 from .handle import Box, close_all, open_handle
-from .turn import Turn, WriteLock
 
 _MINIMUM_VERSION: Final = (3, 37)  # STRICT tables (sqlite.org/stricttables.html)
 _MOST_IDLE: Final = 64  # any further connection is closed when its thread has finished with it
 _CHECK_INTERVAL: Final = 1.0  # seconds between two checks by readers that the file is still the same
 # Average seconds between two attempts at a lock. If many processes wait, shorter pauses cost more than they gain.
 _PAUSE: Final = 0.004
-_NEW_FILE: Final = stat.S_IFREG | 0o660
 
 _NOT_READABLE: Final = {
     "none": "has no tables of usage-middleware; it may be another program's",
@@ -35,11 +33,11 @@ _Result = TypeVar("_Result")
 class _Pool:
     """The connections of one process to the file at a path."""
 
-    __slots__ = ("check_at", "epoch", "existed", "file", "idle", "lock")
+    __slots__ = ("check_at", "epoch", "existed", "file", "idle", "queue")
 
     def __init__(self) -> None:
         self.idle: Box = []
-        self.lock = WriteLock()
+        self.queue = WriteQueue()
         self.file: tuple[int, int] | None = None  # the file that the connections have open
         self.existed = False
         self.epoch = object()
@@ -120,21 +118,44 @@ class Connections:
             raise StoreError(f"{self._path} was opened read-only")
         self._check_open()
         pool = self._pools.get()
-        turn = Turn(pool.lock)
+        turn = Turn(pool.queue, Unit(work))
         with turn, turn:
-            return self._transact(pool, turn, work)
+            result: _Result = self._transact(pool, turn)
+            return result
 
     # A method that holds something has no `try` in its own frame: an exception that arrives at the beginning of a `try`
     # is not caught by it.
 
-    def _transact(self, pool: _Pool, turn: Turn, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
-        if not turn.take(self._timeout):
-            raise sqlite_errors.locked(self._path, self._timeout)
+    def _transact(self, pool: _Pool, turn: Turn) -> Any:
+        if not self._take(turn):
+            if turn.unit.error is not None:
+                raise turn.unit.error
+            return turn.unit.result
         self._begin(pool, turn.box)
-        result = self._work(pool, turn.box, work)
-        self._commit(turn.box)
+        result = self._work(pool, turn.box, turn.unit.work)
+        committed: list[object] = []
+        if pool.queue.waiting and not self._do_others(pool, turn, committed):
+            committed = []  # another transaction
+            self._begin(pool, turn.box)
+            result = self._work(pool, turn.box, turn.unit.work)
+        self._commit(turn.box, committed)
         pool.take_back(turn.box)
         return result
+
+    def _take(self, turn: Turn) -> bool:
+        try:
+            return turn.take(self._timeout)
+        except NoTurn:
+            raise sqlite_errors.locked(self._path, self._timeout) from None
+
+    def _do_others(self, pool: _Pool, turn: Turn, committed: list[object]) -> bool:
+        """Return whether the transaction goes on. If not, it was rolled back."""
+        try:
+            pool.queue.do_others(turn, committed)
+        except (Disturbed, sqlite3.Error):
+            close_all(turn.box)
+            return False
+        return True
 
     def _work(self, pool: _Pool, box: Box, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
         try:
@@ -181,7 +202,8 @@ class Connections:
                 close_all(box)
                 since = self._wait(error, since, is_transient=is_transient)
 
-    def _commit(self, box: Box) -> None:
+    def _commit(self, box: Box, committed: list[object]) -> None:
+        """Commit, and add an entry to ``committed`` in the same step."""
         if box[0].is_inherited:
             raise StoreError(
                 f"{self._path} was in a transaction when this process was forked; its parent goes on with it"
@@ -189,7 +211,7 @@ class Connections:
         since = 0.0
         while True:
             try:
-                box[0].connection.execute("COMMIT")
+                committed.extend(map(box[0].connection.execute, ("COMMIT",)))
                 return
             except sqlite3.Error as error:
                 since = self._wait(error, since, is_transient=sqlite_errors.is_busy(error))
@@ -211,7 +233,7 @@ class Connections:
         A file that is removed or replaced lives on for a process that has it open. What is written there is lost, and
         SQLite does not report it (sqlite.org/howtocorrupt.html, section 2.4).
         """
-        if pool.file is None or pool.file != _identity(self._path):
+        if pool.file is None or pool.file != identity(self._path):
             pool.close()
             inherited = forks.inherited()
             if inherited:
@@ -230,8 +252,8 @@ class Connections:
 
         # A database that existed and was removed is not made again: an operator may be about to restore it.
         if not self._read_only and not pool.existed:
-            _make_file(self._path)
-        file = _identity(self._path)
+            make_file(self._path)
+        file = identity(self._path)
         self._open(pool, box)
         connection = box[0].connection
         try:
@@ -239,7 +261,7 @@ class Connections:
             if state != "current":
                 if self._read_only:
                     raise StoreError(_NOT_READABLE[state])
-                _use_write_ahead_log(connection)
+                use_write_ahead_log(connection)
                 sqlite_schema.migrate(connection)
         except StoreError as error:
             if self._read_only and reading.has_changed(box[0]):
@@ -286,30 +308,3 @@ class Connections:
         pool = self._pools.peek()
         intent: sqlite_errors.Intent = "write" if pool is not None and pool.existed else "make"
         return sqlite_errors.explained(self._path, error, "read" if self._read_only else intent)
-
-
-def _make_file(path: str) -> None:
-    """Make an empty file that others cannot read, if there is none. SQLite gives ``-wal`` and ``-shm`` its mode."""
-    target = os.path.realpath(path)
-    with suppress(OSError):  # the file exists, or SQLite will report why it cannot be made
-        try:
-            # mknod opens nothing. Closing a file would release the locks that another thread has on it by then.
-            os.mknod(target, _NEW_FILE)
-        except (AttributeError, PermissionError):  # on some systems only the administrator may call mknod
-            os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, stat.S_IMODE(_NEW_FILE)))
-
-
-def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
-    """Switch the file to WAL for good. In WAL mode, readers and the writer do not wait for each other."""
-    (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
-    if mode != "wal":
-        raise StoreError(f"cannot have a write-ahead log (journal mode is {mode!r}); use a local file system")
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    """Return what distinguishes a file from a later one of the same name."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
