@@ -117,10 +117,14 @@ CALLS = {
 }
 
 
-# One that arrives while a generator is closed that is not used any more goes nowhere, whatever the program does.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("name", CALLS)
-def test_an_exception_at_any_step(ledger, full, name):
+def ignore_interrupts_of_finalizers(unraisable):
+    # An exception that arrives in one goes nowhere, whatever the program does.
+    if not isinstance(unraisable.exc_value, Interrupt):
+        sys.__unraisablehook__(unraisable)
+
+
+def interrupt_each_step(path, name, stride):
+    sys.unraisablehook = ignore_interrupts_of_finalizers
     prepare, call = CALLS[name]
     charged = set()
 
@@ -130,21 +134,28 @@ def test_an_exception_at_any_step(ledger, full, name):
 
     number = interrupts = 0
     is_interrupted = True
-    while is_interrupted:
-        number += 1 if full else 7
-        before = ledger.used()
-        store = prepare(ledger)
-        is_interrupted = interrupted_at(number, lambda: call(ledger, store), check)  # noqa: B023
-        forks._forking.clear()  # as a fork that goes on does
-        if interrupts % (10 if full else 50) == 0:
-            assert forked(lambda: store.get(ledger.key).id) == str(ledger.token.id)  # noqa: B023
-        if store is not ledger.store:
-            store.close()
-        interrupts += is_interrupted
-    assert interrupts > 5
-    # Complete or not at all.
-    assert charged <= {0, 7}
-    assert ledger.store.charge(ledger.key, 5).total_used == ledger.used()
+    with closing(Ledger(path)) as ledger:
+        while is_interrupted:
+            number += int(stride)
+            before = ledger.used()
+            store = prepare(ledger)
+            is_interrupted = interrupted_at(number, lambda: call(ledger, store), check)  # noqa: B023
+            forks._forking.clear()  # as a fork that goes on does
+            if interrupts % 50 == 0:
+                assert forked(lambda: store.get(ledger.key).id) == str(ledger.token.id)  # noqa: B023
+            if store is not ledger.store:
+                store.close()
+            interrupts += is_interrupted
+        # Complete or not at all.
+        assert charged <= {0, 7}
+        assert ledger.store.charge(ledger.key, 5).total_used == ledger.used()
+    print(interrupts)
+
+
+# In a process of its own: an exception at an opcode that ends a handler leaves Python with that handler for good.
+@pytest.mark.parametrize("name", CALLS)
+def test_an_exception_at_any_step(tmp_path, full, name):
+    assert int(in_a_process(interrupt_each_step, tmp_path / "tokens.db", name, 1 if full else 7)) > 5
 
 
 # --- Signals
@@ -176,12 +187,6 @@ class Alarm:
         except Interrupt:
             return False
         return True
-
-
-def ignore_interrupts_of_finalizers(unraisable):
-    # An exception that arrives in one goes nowhere, whatever the program does.
-    if not isinstance(unraisable.exc_value, Interrupt):
-        sys.__unraisablehook__(unraisable)
 
 
 def charge_among_signals(path, count):
