@@ -203,10 +203,12 @@ def charge_among_signals(path, count):
         while not done.is_set():
             store.charge(key, 1000)
             charged_by_others.append(1000)
-            done.wait(0.002)
+            done.wait(0.0005)
 
-    others = threading.Thread(target=charge)
-    others.start()
+    # Some do the main thread's work in their transactions, and it does theirs.
+    others = [threading.Thread(target=charge) for _ in range(4)]
+    for other in others:
+        other.start()
     answered = []
     try:
         for number in range(int(count)):
@@ -218,7 +220,8 @@ def charge_among_signals(path, count):
                 assert forked(lambda: store.get(key).id) == str(token.id)
     finally:
         done.set()
-        others.join()
+        for other in others:
+            other.join()
         signal.setitimer(signal.ITIMER_REAL, 0)
     made = [number for number in range(int(count)) if store.find_operation(key, str(number)) is not None]
     assert set(answered) <= set(made)
