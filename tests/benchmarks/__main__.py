@@ -46,6 +46,7 @@ _COUNT = click.IntRange(min=1)
 @click.option(
     "--server", multiple=True, default=SERVERS, type=click.Choice(SERVERS), help="For the part 'http'; can be repeated."
 )
+@click.option("--charging-threads", default=16, type=_COUNT, help="How many threads of one process charge at once.")
 @click.option("--writers", default=64, type=_COUNT, help="How many processes charge at once.")
 @click.option("--charges", default=50, type=_COUNT, help="How often each of them does.")
 @click.option("--import-tokens", default=100_000, type=_COUNT, help="How many the part 'import' imports.")
@@ -102,20 +103,21 @@ def _print(result: Result) -> None:
         click.echo(f"\n{result}")
     elif isinstance(result, Table):
         heading = f"{'':50}{result.unit:>20}{'ratio':>8}{'lowest':>8}{'highest':>9}"
-        if any(row.budget for row in result.rows):
-            heading += f"{'budget':>8}"
+        has_budgets = any(row.budget for row in result.rows)
+        if has_budgets:
+            heading += f"{'budget':>8}{'':8}"
         if result.rows[0].latencies:
             heading += "".join(f"{f'p{percentile:g} ms':>10}" for percentile in PERCENTILES)
-        click.echo(f"\n{result.title}\n{heading}")
+        click.echo(f"\n{result.title}\n{heading.rstrip()}")
         for number, row in enumerate(result.rows):
-            click.echo(_line(row, result.unit, is_reference=number == 0))
+            click.echo(_line(row, result.unit, is_reference=number == 0, has_budgets=has_budgets))
 
 
-def _line(row: Row, unit: str, *, is_reference: bool) -> str:
+def _line(row: Row, unit: str, *, is_reference: bool, has_budgets: bool) -> str:
     line = f"  {row.name:48}{_value(row.value, unit):>20}"
     line += " " * 25 if is_reference else f"{row.ratio:8.3f}{row.lowest:8.3f}{row.highest:9.3f}"
-    if row.budget is not None:
-        line += f"{row.budget:8.3f}  {row.verdict}"
+    if has_budgets:
+        line += f"{'' if row.budget is None else f'{row.budget:.3f}':>8}  {row.verdict:6}"
     line += "".join(f"{latency * 1e3:10.3f}" for latency in row.latencies)
     return line.rstrip()
 

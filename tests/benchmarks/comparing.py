@@ -77,13 +77,14 @@ class Row:
     lowest: float = 1.0
     highest: float = 1.0
     budget: float | None = None
+    is_least: bool = False  # whether the budget is the least that the ratio must reach, and not the most
     latencies: Sequence[float] = ()  # seconds, at the PERCENTILES
 
     @property
     def verdict(self) -> str:
         if self.budget is None:
             return ""
-        return "met" if self.ratio <= self.budget else "missed"
+        return "met" if (self.ratio >= self.budget if self.is_least else self.ratio <= self.budget) else "missed"
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ def table_of(
     measured: Sequence[tuple[str, Sequence[float], float | None]],
     *,
     unit: str = "seconds per call",
+    is_least: bool = False,
     latencies: Sequence[Sequence[float]] | None = None,
 ) -> Table:
     """Return a table of names, what was measured of each in every round, and budgets. The first is the reference."""
@@ -150,7 +152,7 @@ def table_of(
     for number, (name, values, budget) in enumerate(measured):
         ratios = [value / reference_value for value, reference_value in zip(values, reference, strict=True)]
         spread = (median(ratios), min(ratios), max(ratios))
-        rows.append(Row(name, median(values), *spread, budget, latencies[number] if latencies else ()))
+        rows.append(Row(name, median(values), *spread, budget, is_least, latencies[number] if latencies else ()))
     return Table(title, rows, unit)
 
 

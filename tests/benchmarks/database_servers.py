@@ -41,8 +41,9 @@ _INSERT = (
 )
 
 
-def store_on_servers(tokens: int, rounds: int) -> Iterator[Result]:
-    """Look-ups, usage requests and durable charges on each server that is installed."""
+def running_servers() -> Iterator[tuple[Any, str] | str]:
+    """Start each server that is installed, one after the other. Yield it with the URL of an empty database, or a line
+    that says why it is left out."""
     if missing := [package for package in _PACKAGES if importlib.util.find_spec(package) is None]:
         yield f"Database servers: left out, {' and '.join(missing)} is not installed"
         return
@@ -51,10 +52,7 @@ def store_on_servers(tokens: int, rounds: int) -> Iterator[Result]:
     import databases
     import pytest
 
-    for kind, driver, connect in (
-        (databases.PostgreSQL, "psycopg", _psycopg),
-        (databases.MariaDB, "PyMySQL", _pymysql),
-    ):
+    for kind in (databases.PostgreSQL, databases.MariaDB):
         try:
             server = kind()
         except pytest.skip.Exception as reason:
@@ -63,7 +61,19 @@ def store_on_servers(tokens: int, rounds: int) -> Iterator[Result]:
         with server:
             server.start()
             with server.database() as url:
-                yield from _on_server(kind.__name__, driver, connect, url, min(tokens, _MOST_TOKENS), rounds)
+                yield server, url
+
+
+def store_on_servers(tokens: int, rounds: int) -> Iterator[Result]:
+    """Look-ups, usage requests and durable charges on each server that is installed."""
+    drivers = {"PostgreSQL": ("psycopg", _psycopg), "MariaDB": ("PyMySQL", _pymysql)}
+    for running in running_servers():
+        if isinstance(running, str):
+            yield running
+            continue
+        server, url = running
+        name = type(server).__name__
+        yield from _on_server(name, *drivers[name], url, min(tokens, _MOST_TOKENS), rounds)
 
 
 def _on_server(

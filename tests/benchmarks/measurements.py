@@ -21,7 +21,8 @@ from calling import (
     start_response,
     usage_request,
 )
-from charging import durable_charge, slowest_charge
+from charges.busy_keys import busy_keys
+from charges.charging import charges_by_threads, durable_charge, slowest_charge
 from comparing import Contender, Result, compare
 from database_servers import store_on_servers
 from histories import days_of_a_year, pages_of_a_log
@@ -52,6 +53,7 @@ class Options:
     tokens_most: int
     at_once: int
     server: tuple[str, ...]
+    charging_threads: int
     writers: int
     charges: int
     import_tokens: int
@@ -175,6 +177,7 @@ PARTS: dict[str, tuple[Callable[[Options], Iterator[Result]], ...]] = {
     "proxies": (lambda options: through_proxies(options.at_once, options.long_rounds),),
     "charges": (
         lambda options: durable_charge(options.rounds),
+        lambda options: charges_by_threads(options.charging_threads, options.long_rounds),
         lambda options: slowest_charge(options.writers, options.charges),
     ),
     "metered": (
@@ -186,6 +189,7 @@ PARTS: dict[str, tuple[Callable[[Options], Iterator[Result]], ...]] = {
         lambda options: pages_of_a_log(options.operations, options.long_rounds),
     ),
     "servers": (lambda options: store_on_servers(options.tokens, options.long_rounds),),
+    "busy keys": (lambda options: busy_keys(options.long_rounds),),
     "import": (lambda options: import_of_a_file(options.import_tokens),),
 }
 

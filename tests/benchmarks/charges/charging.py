@@ -1,4 +1,4 @@
-"""What a durable charge costs, alone and with many processes that charge at once."""
+"""What a durable charge costs, alone, and with many threads or processes that charge at once."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
-from comparing import Contender, Row, Table, compare
+from charges.at_once import MODEL, Charges, charge_at_once, charges_table, make_keys, shares_table
+from comparing import Contender, Row, Table, compare, in_turn
 
 from usage_middleware import SQLiteTokenStore
 
 _TIMEOUT = 30.0  # seconds; the default of a store
-_MODEL = "gpt-4o"
 
 
 def durable_charge(rounds: int) -> Iterator[Table]:
@@ -42,11 +42,36 @@ def durable_charge(rounds: int) -> Iterator[Table]:
                     _charge("by hand", _full_by_hand(connection, by_hand_key)),
                     _charge(
                         "SQLiteTokenStore.charge",
-                        lambda operation_id: store.charge(key, 1, model=_MODEL, idempotency_key=operation_id),
+                        lambda operation_id: store.charge(key, 1, model=MODEL, idempotency_key=operation_id),
                         budget=1.5,
                     ),
                     rounds=rounds,
                 )
+
+
+def charges_by_threads(threads: int, rounds: int) -> Iterator[Table]:
+    """Yield how many durable charges the threads of one process make, and whether each has its share."""
+    with (
+        tempfile.TemporaryDirectory(prefix="usage-middleware-") as directory,
+        SQLiteTokenStore(Path(directory, "tokens.db"), timeout=_TIMEOUT) as store,
+    ):
+        keys = make_keys(store, threads)
+        at_once = {
+            "1 thread": [keys[:1]],
+            f"{threads} threads, one key": [keys[:1]] * threads,
+            f"{threads} threads, a key each": [[key] for key in keys],
+        }
+        charges: dict[str, list[Charges]] = {name: [] for name in at_once}
+        for turn in range(rounds):
+            for name in in_turn(list(at_once), turn):
+                charges[name].append(charge_at_once(store, at_once[name]))
+    least = dict.fromkeys(list(at_once)[1:], 2.5)
+    yield charges_table("Durable charges by the threads of one process, SQLite", charges, least)
+    del charges["1 thread"]
+    yield shares_table("What each of these threads had", charges)
+    yield _slowest(
+        "The slowest of their charges", {name: max(each.latencies[-1] for each in charges[name]) for name in charges}
+    )
 
 
 def slowest_charge(writers: int, charges: int) -> Iterator[Table]:
@@ -64,14 +89,14 @@ def slowest_charge(writers: int, charges: int) -> Iterator[Table]:
         slowest = max(told.get() for _ in processes)
         for process in processes:
             process.join()
-    ratio = slowest / (_TIMEOUT / 3)
-    yield Table(
-        f"The slowest of {writers * charges:,} charges by {writers} processes at once",
-        [
-            Row("a third of the store's timeout", _TIMEOUT / 3),
-            Row("SQLiteTokenStore.charge, the slowest", slowest, ratio, ratio, ratio, budget=1.0),
-        ],
-    )
+    title = f"The slowest of {writers * charges:,} charges by {writers} processes at once"
+    yield _slowest(title, {"SQLiteTokenStore.charge, the slowest": slowest})
+
+
+def _slowest(title: str, slowest: dict[str, float]) -> Table:
+    reference = _TIMEOUT / 3
+    rows = [Row(name, seconds, *[seconds / reference] * 3, budget=1.0) for name, seconds in slowest.items()]
+    return Table(title, [Row("a third of the store's timeout", reference), *rows])
 
 
 def _write(path: Path, key: str, charges: int, start: Barrier, told: Any) -> None:
@@ -87,7 +112,7 @@ def _write(path: Path, key: str, charges: int, start: Barrier, told: Any) -> Non
 
 
 def _make_token(store: SQLiteTokenStore) -> str:
-    key, _ = store.create(total_available=2**62, model_limits={_MODEL: 2**62})
+    (key,) = make_keys(store, 1)
     return key.removeprefix("sk-")
 
 
@@ -143,15 +168,15 @@ def _full_by_hand(connection: sqlite3.Connection, key: str) -> Callable[[str], N
             (token_id, operation_id),
         ).fetchone()
         execute(_LAPSED, (token_id, now)).fetchall()
-        execute("SELECT used FROM model_usage WHERE token_id = ? AND model = ?", (token_id, _MODEL)).fetchone()
+        execute("SELECT used FROM model_usage WHERE token_id = ? AND model = ?", (token_id, MODEL)).fetchone()
         execute(_UPDATE, (used + 1, available - 1, token_id))
         execute(
             "INSERT INTO model_usage (token_id, model, used) VALUES (?, ?, 1)"
             " ON CONFLICT (token_id, model) DO UPDATE SET used = used + 1",
-            (token_id, _MODEL),
+            (token_id, MODEL),
         )
-        execute(_INSERT, (_new_id(), token_id, operation_id, _MODEL, now, now))
-        execute(_ADD_DAY, (token_id, time.strftime("%Y-%m-%d", time.gmtime(now)), _MODEL))
+        execute(_INSERT, (_new_id(), token_id, operation_id, MODEL, now, now))
+        execute(_ADD_DAY, (token_id, time.strftime("%Y-%m-%d", time.gmtime(now)), MODEL))
         execute("COMMIT")
 
     return charge
