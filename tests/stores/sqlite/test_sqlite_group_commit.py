@@ -14,6 +14,7 @@ from processes import in_a_process
 from sqlite_files import another_process, needs_proc, open_files, sql
 
 from usage_middleware import QuotaExceeded, SQLiteTokenStore, StoreError
+from usage_middleware.stores.sqlite import group_commit
 from usage_middleware.stores.sqlite.connections import Connections
 
 A_LOT = 10**12
@@ -108,8 +109,37 @@ def test_a_call_that_nobody_waits_for_has_no_savepoint(store):
     assert not [statement for statement in statements if "SAVEPOINT" in statement]
 
 
-def raise_(error):
-    raise error
+def test_what_a_refused_call_has_written_is_rolled_back(store, threads):
+    _, token = create(store, name="old", total_available=A_LOT)
+
+    def write_and_refuse(connection):
+        connection.execute("UPDATE tokens SET name = 'new'")
+        raise QuotaExceeded
+
+    def submit():
+        yield threads.submit(store.grant, token.id, 1)
+        yield threads.submit(store._connections.transact, write_and_refuse)
+        yield threads.submit(store.grant, token.id, 2)
+
+    with watched(store) as statements:
+        first, refused, last = lead(store, submit, 3)
+    assert {first.result(30).total_granted, last.result(30).total_granted} == {A_LOT + 1, A_LOT + 3}
+    with pytest.raises(QuotaExceeded):
+        refused.result(30)
+    assert store.get_by_id(token.id).name == "old"
+    assert statements.count("COMMIT") == 1
+
+
+@pytest.mark.parametrize(("limit", "value", "most"), [("_MOST_TOGETHER", 2, 2), ("_LONGEST", -1.0, 0)])
+def test_a_transaction_takes_in_a_part_and_wakes_the_next(path, store, threads, monkeypatch, limit, value, most):
+    monkeypatch.setattr(group_commit, limit, value)
+    monkeypatch.setattr(group_commit, "_LOOK_INTERVAL", 1000)
+    key, _ = create(store, total_available=A_LOT)
+    with watched(store) as statements:
+        charges = lead(store, lambda: [threads.submit(store.charge, key, 1) for _ in range(9)], 9)
+        assert {charge.result(30).total_used for charge in charges} == set(range(1, 10))
+    transactions = "\n".join(statements).split("COMMIT")
+    assert max(transaction.count("SAVEPOINT unit") for transaction in transactions) == most
 
 
 @pytest.mark.parametrize("error", [ValueError("mine"), sqlite3.OperationalError("mine"), StoreError("mine")])
@@ -285,6 +315,26 @@ def test_work_that_has_waited_too_long_is_never_done(path, threads):
         go_on.set()
         leader.result(30)
         assert store.charge(key, 10).total_used == 10
+
+
+@pytest.mark.slow
+def test_work_that_is_being_done_is_waited_for(path, threads):
+    """When the time is up, it is not yet known whether it will be committed."""
+    with SQLiteTokenStore(path, timeout=0.5, synchronous="OFF") as store:
+        inside = threading.Event()
+
+        def lead(transaction):
+            inside.set()
+            wait_for_waiting(store, 1)
+
+        def work(transaction):
+            time.sleep(1)
+            return threading.get_ident()
+
+        leader = threads.submit(store._transact, lead)
+        assert inside.wait(30)
+        assert store._transact(work) != threading.get_ident()
+        leader.result(30)
 
 
 # --- Many
