@@ -13,7 +13,6 @@ import re
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,9 +60,18 @@ def python_of(session: nox.Session, version: str) -> str:
     return found
 
 
+def own_folder(session: nox.Session) -> Path:
+    """Return the folder of a session for files of its own."""
+    folder = Path(session.create_tmp()).resolve()
+    # Session.create_tmp names it as TMPDIR. It lies in one of .ci/run's that only its owner may enter, and the database
+    # servers of the tests run as another user where root runs the tests.
+    session.env.pop("TMPDIR", None)
+    return folder
+
+
 def checkout(session: nox.Session) -> Path:
     """Copy the files that git does not ignore to a new folder."""
-    folder = Path(session.create_tmp()).resolve() / "checkout"
+    folder = own_folder(session) / "checkout"
     shutil.rmtree(folder, ignore_errors=True)
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout.decode()
@@ -76,14 +84,12 @@ def checkout(session: nox.Session) -> Path:
 
 def environment(session: nox.Session, python: str) -> dict[str, str]:
     """Return an environment in which ``python3`` is that Python."""
-    shims = Path(session.create_tmp()).resolve() / "shims"
+    shims = own_folder(session) / "shims"
     shims.mkdir(exist_ok=True)
     # Not a link: an environment that is made by way of a link would look for its library beside it.
     (shims / "python3").write_text(f'#!/bin/sh\nexec "{python}" "$@"\n')
     (shims / "python3").chmod(0o755)
-    # Session.create_tmp names its folder as TMPDIR. It lies in one of .ci/run's that only its owner may enter, and the
-    # database servers of the tests run as another user where root runs the tests.
-    return {"PATH": f"{shims}{os.pathsep}{os.environ['PATH']}", "TMPDIR": tempfile.gettempdir()}
+    return {"PATH": f"{shims}{os.pathsep}{os.environ['PATH']}"}
 
 
 def command_of_readme(part: str) -> str:
@@ -136,7 +142,7 @@ def demo(session: nox.Session, version: str) -> None:
 def serving(session: nox.Session, command: str, folder: Path, environ: dict[str, str]) -> Iterator[str]:
     """Run a command that ends in a demonstration; give the curl line that it prints. All of it is ended at the end."""
     session.log(command)
-    log = Path(session.create_tmp()) / "demo.log"
+    log = own_folder(session) / "demo.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             ["bash", "-c", command],

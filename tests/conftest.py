@@ -1,7 +1,9 @@
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 
 import databases
 import hypothesis
@@ -13,6 +15,17 @@ from places import ROOT
 from waiting import until_logged
 
 pytest.register_assert_rewrite("usage_middleware.testing")
+
+# Tests would wait for the disk most of the time. They check what processes leave behind, not what a disk keeps, so
+# files in memory will do, if programs in them may run.
+MEMORY = "/dev/shm"
+if (
+    "TMPDIR" not in os.environ
+    and os.access(MEMORY, os.W_OK)
+    and not os.statvfs(MEMORY).f_flag & os.ST_NOEXEC
+    and shutil.disk_usage(MEMORY).free >= 4 * 2**30
+):
+    os.environ["TMPDIR"] = tempfile.tempdir = MEMORY
 
 # A shell starts what runs in the background, or under nohup, with signals that are ignored, and children inherit that.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:

@@ -128,7 +128,7 @@ class Turn:
     then the outer one does it. Ending twice is fine.
     """
 
-    __slots__ = ("__weakref__", "_process", "_queue", "_steps", "box", "others", "unit")
+    __slots__ = ("__weakref__", "_acquired", "_process", "_queue", "_released", "box", "others", "unit")
 
     def __init__(self, queue: WriteQueue, unit: Unit) -> None:
         self.box: Box = []
@@ -139,7 +139,8 @@ class Turn:
         self._process = os.getpid()
         # What acquire() and release() returned. A C function calls them and stores the result, so no Python step lies
         # between taking the lock and recording that.
-        self._steps: list[bool | None] = []
+        self._acquired: list[bool] = []
+        self._released: list[object] = []  # gevent's release() returns a number
 
     def __enter__(self) -> Turn:
         return self
@@ -169,14 +170,14 @@ class Turn:
 
     def end(self) -> None:
         """Close the connection if it was not returned, which rolls back its transaction, and release the lock."""
-        if not self._give_up() and (not self._steps or self._steps[-1] is False):
+        if not self._give_up() and self._acquired[-1:] == [False]:
             # Another thread does it, or has done it. When this returns, it is known whether it was committed.
             while not self.unit.committed and not self._acquire():
                 self._wait(math.inf)
         close_all(self.box)
-        if self._steps and self._steps[-1]:
+        if self._acquired[-1:] == [True] and not self._released:
             self._queue.owner = None
-            self._steps.extend(starmap(self._queue.lock.release, ((),)))
+            self._released.extend(starmap(self._queue.lock.release, ((),)))
         self._queue.leave(self)
 
     def _wait(self, seconds: float) -> None:
@@ -186,14 +187,14 @@ class Turn:
         self._queue.free_if_abandoned()
 
     def _acquire(self) -> bool:
-        self._steps.extend(map(self._queue.lock.acquire, (False,)))
-        if self._steps[-1]:
+        self._acquired.extend(map(self._queue.lock.acquire, (False,)))
+        if self._acquired[-1]:
             self._queue.owner = weakref.ref(self), []
             # If a transaction has claimed the unit, it was not committed, or it will never be.
-            self.unit.claims.append(self._steps)
-        return bool(self._steps[-1])
+            self.unit.claims.append(self._acquired)
+        return self._acquired[-1]
 
     def _give_up(self) -> bool:
         """Return whether no other thread will do the unit."""
-        self.unit.claims.append(self._steps)
-        return self.unit.claims[0] is self._steps
+        self.unit.claims.append(self._acquired)
+        return self.unit.claims[0] is self._acquired
