@@ -2,6 +2,8 @@
 
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -377,3 +379,36 @@ def test_threads_that_wait_need_one_connection(path, store):
     assert list(open_files(path).values()).count(str(path)) <= 2
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+GREENLETS = """
+from gevent import monkey
+monkey.patch_all()
+import sqlite3, sys
+import gevent
+from usage_middleware import SQLiteTokenStore
+
+path, key = sys.argv[1:]
+
+def charge(number):
+    store.charge(key, 1, idempotency_key=str(number))
+
+with SQLiteTokenStore(path, timeout=20) as store:
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")  # the first waits for this, and the others for the first
+    greenlets = [gevent.spawn(charge, number) for number in range(20)]
+    gevent.sleep(0.05)
+    for greenlet in greenlets[::3]:
+        greenlet.kill()
+    other.execute("ROLLBACK")
+    gevent.joinall(greenlets, raise_error=True, timeout=20)
+    for number in range(20):
+        charge(number)
+    assert store.get(key).total_used == 20, store.get(key)
+"""
+
+
+def test_greenlets_that_wait_and_greenlets_that_are_killed(path, store):
+    key, _ = create(store, total_available=A_LOT)
+    subprocess.run([sys.executable, "-c", GREENLETS, str(path), key], check=True, timeout=60)
+    assert used_and_booked(path) == 20
