@@ -123,8 +123,8 @@ class Connections:
             result: _Result = self._transact(pool, turn)
             return result
 
-    # A method that holds something has no `try` in its own frame: an exception that arrives at the beginning of a `try`
-    # is not caught by it.
+    # transact() and _transact() have no `try` of their own, and call methods that have: an exception that arrives at
+    # the beginning of a `try` is not caught by it.
 
     def _transact(self, pool: _Pool, turn: Turn) -> Any:
         if not self._take(turn):
@@ -149,7 +149,7 @@ class Connections:
             raise sqlite_errors.locked(self._path, self._timeout) from None
 
     def _do_others(self, pool: _Pool, turn: Turn, committed: list[object]) -> bool:
-        """Return whether the transaction goes on. If not, it was rolled back."""
+        """Run the units of waiting calls. Return whether the transaction goes on: if not, it was rolled back."""
         try:
             pool.queue.do_others(turn, committed)
         except (Disturbed, sqlite3.Error):
@@ -245,12 +245,12 @@ class Connections:
         pool.check_at = time.monotonic() + _CHECK_INTERVAL
 
     def _prepare(self, pool: _Pool, box: Box) -> None:
-        """Put the first connection into a box, to a database whose tables are there."""
+        """Put the first connection into a box. Create or upgrade the tables, or check them if it is read-only."""
         if sqlite3.sqlite_version_info < _MINIMUM_VERSION:
             raise StoreError(f"SQLite 3.37 or newer is needed, this is {sqlite3.sqlite_version}")
         from . import sqlite_schema  # loads sqlite-utils, which a service that never uses its store does not need
 
-        # A database that existed and was removed is not made again: an operator may be about to restore it.
+        # A database that existed and was removed is not created again: an operator may be about to restore it.
         if not self._read_only and not pool.existed:
             make_file(self._path)
         file = identity(self._path)

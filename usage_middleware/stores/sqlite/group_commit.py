@@ -1,10 +1,12 @@
-"""Whose turn it is to write, and what it writes for others.
+"""Group commit: the call that has the write lock also does the work of the calls that wait for it.
 
-A durable transaction waits for the disk, and threads wait for each other. So the call that has the write lock also does
-the work of those that wait for it, each in a savepoint of its own, and commits all at once. Each gets its own answer.
+A durable transaction waits for the disk, and only one thread can write at a time. So the call that has the write lock
+runs the work of the waiting calls too, each in a savepoint of its own, and commits all of it at once. Each call gets
+its own result or error.
 
-It stays exact wherever an exception arrives. Who does a unit of work is decided by the first entry of its ``claims``.
-Whether it was committed is decided by ``committed``, for all units of a transaction at once. C functions add to both.
+This stays exact wherever an exception arrives. The first entry of a unit's ``claims`` decides which call or transaction
+may run it. The list ``committed``, which all units of a transaction share, decides whether they were committed. C
+functions add to both lists, so no exception can arrive between a step and its record.
 """
 
 from __future__ import annotations
@@ -24,34 +26,35 @@ from typing import Any, Final
 from ...errors import QuotaError, UsageMiddlewareError
 from .handle import Box, close_all
 
-_LOOK_INTERVAL: Final = 0.1  # seconds after which a thread that waits looks for itself, if nothing has woken it
-_MOST_TOGETHER: Final = 64
-_LONGEST: Final = 0.02  # seconds after which a transaction takes no more work in: another process may wait for it
+_LOOK_INTERVAL: Final = 0.1  # seconds after which a waiting thread checks for itself, if nothing has woken it
+_MOST_TOGETHER: Final = 64  # units of other calls in one transaction
+_LONGEST: Final = 0.02  # seconds after which a transaction takes on no more units: another process may wait for it
 
-# What a call's work raises for reasons of its own. Anything else was meant for the thread that happens to do it.
+# What the work of a call raises itself. Any other exception was meant for the thread that happens to run the work.
 _OF_THE_WORK: Final = (sqlite3.Error, UsageMiddlewareError, ValueError, TypeError, ArithmeticError, LookupError)
 
 
 class NoTurn(Exception):
-    """The time is up, and no thread will do the unit; or this is a child, in which there is no other thread."""
+    """The time is up and no thread will run the unit, or this is a child process, which has no other thread."""
 
 
 class Disturbed(Exception):
-    """The work of another call has failed, and the transaction with it. Each call does its work by itself then."""
+    """The work of another call has failed, so the transaction cannot commit. Each call then runs its work by itself."""
 
 
 class Unit:
-    """The work of one call, for whichever thread does it."""
+    """The work of one call. Its own thread runs it, or another one that has the lock."""
 
     __slots__ = ("claims", "committed", "error", "result", "wake", "work")
 
-    wake: threading.Lock  # made when it has to wait
+    wake: threading.Lock  # created when the call has to wait
 
     def __init__(self, work: Callable[[sqlite3.Connection], Any]) -> None:
         self.work = work
-        #: Who may do it: the call itself, which may also have given up, or a transaction. Each is known by a list.
+        #: The first entry may run it. Each entry is a list that stands for its owner: ``Turn._acquired`` for the call
+        #: itself, which may also have given up, or ``committed`` for a transaction.
         self.claims: list[object] = []
-        #: That of the transaction in which it was done. It is not empty once that transaction is committed.
+        #: The list of the transaction in which it was run. It is not empty once that transaction is committed.
         self.committed: Sequence[object] = ()
         self.result: Any = None
         self.error: QuotaError | None = None
@@ -72,7 +75,7 @@ class WriteQueue:
         self.waiting: deque[Unit] = deque()
 
     def do_others(self, turn: Turn, committed: list[object]) -> None:
-        """Do the work of those that wait, in the transaction of the owner of the lock.
+        """Run the waiting units in the transaction of the turn that has the lock.
 
         :raises Disturbed, sqlite3.Error: the transaction cannot be committed.
         """
@@ -88,17 +91,18 @@ class WriteQueue:
                     unit.committed = committed
 
     def leave(self, turn: Turn) -> None:
-        """Wake up the calls whose work a turn has done, and the one that is next."""
+        """Wake up the calls whose units a turn has run, and the next one."""
         if self.waiting:
             with suppress(ValueError):
                 self.waiting.remove(turn.unit)
-            # Now, because a thread that has found the lock taken has added its unit before.
+            # This comes after the release of the lock: a thread adds its unit before it tries the lock for the last
+            # time, so one that found the lock taken is in the queue.
             following = [unit for unit in list(self.waiting) if not unit.committed]
             for unit in turn.others + following[:1]:
                 unit.wake_up()
 
     def free_if_abandoned(self) -> None:
-        """Release the lock if several exceptions at once have kept its owner from it. The owner is gone then."""
+        """Release the lock if its owner was freed without doing so, which takes several exceptions at once."""
         owner = self.owner
         if owner is not None and owner[0]() is None:
             heir = object()
@@ -122,10 +126,10 @@ def _do(unit: Unit, connection: sqlite3.Connection) -> None:
 class Turn:
     """One call's turn to write: its unit of work, and the box for the connection that it writes with.
 
-    Whatever happens, at its end the box is empty, the lock is free, and no other thread is doing its work or will.
+    Whatever happens, at its end the box is empty, the lock is released, and no other thread runs its unit any more.
 
-    It is entered twice, ``with turn, turn:``. An exception may arrive before the inner ``with`` has finished its end;
-    then the outer one does it. Ending twice is fine.
+    Enter it twice, ``with turn, turn:``. If an exception interrupts the end of the inner ``with``, the outer one
+    finishes it. Ending twice is allowed.
     """
 
     __slots__ = ("__weakref__", "_acquired", "_process", "_queue", "_released", "box", "others", "unit")
@@ -133,12 +137,12 @@ class Turn:
     def __init__(self, queue: WriteQueue, unit: Unit) -> None:
         self.box: Box = []
         self.unit = unit
-        #: Those of other calls. They are woken up at the end, whatever has become of them.
+        #: The units of other calls that it has run. These calls are woken up at the end, whatever the outcome is.
         self.others: list[Unit] = []
         self._queue = queue
         self._process = os.getpid()
-        # What acquire() and release() returned. A C function calls them and stores the result, so no Python step lies
-        # between taking the lock and recording that.
+        # What acquire() and release() returned. A C function calls them and stores the result, so no exception can
+        # arrive between taking the lock and recording it.
         self._acquired: list[bool] = []
         self._released: list[object] = []  # gevent's release() returns a number
 
@@ -149,7 +153,7 @@ class Turn:
         self.end()
 
     def take(self, timeout: float) -> bool:
-        """Wait until this turn has the lock, or its unit is committed. Return whether the unit has yet to be done.
+        """Wait until this turn has the lock or its unit is committed. Return whether the unit still has to be run.
 
         :raises NoTurn: neither happened in time.
         """
@@ -164,14 +168,14 @@ class Turn:
             if left <= 0:
                 if self._give_up():
                     raise NoTurn
-                left = math.inf  # it is being done
+                left = math.inf  # another thread is running it
             self._wait(left)
         return not self.unit.committed
 
     def end(self) -> None:
         """Close the connection if it was not returned, which rolls back its transaction, and release the lock."""
         if not self._give_up() and self._acquired[-1:] == [False]:
-            # Another thread does it, or has done it. When this returns, it is known whether it was committed.
+            # Another thread runs the unit or has run it. Wait until it is known whether it was committed.
             while not self.unit.committed and not self._acquire():
                 self._wait(math.inf)
         close_all(self.box)
@@ -182,7 +186,7 @@ class Turn:
 
     def _wait(self, seconds: float) -> None:
         if self._process != os.getpid():
-            raise NoTurn  # the thread that does it is the parent's
+            raise NoTurn  # the thread that runs it exists only in the parent
         self.unit.wake.acquire(True, min(seconds, _LOOK_INTERVAL))
         self._queue.free_if_abandoned()
 
@@ -190,11 +194,11 @@ class Turn:
         self._acquired.extend(map(self._queue.lock.acquire, (False,)))
         if self._acquired[-1]:
             self._queue.owner = weakref.ref(self), []
-            # If a transaction has claimed the unit, it was not committed, or it will never be.
+            # A transaction that has claimed the unit has ended by now. If it has not committed the unit, it never will.
             self.unit.claims.append(self._acquired)
         return self._acquired[-1]
 
     def _give_up(self) -> bool:
-        """Return whether no other thread will do the unit."""
+        """Claim the unit. Return whether no other thread will run it."""
         self.unit.claims.append(self._acquired)
         return self.unit.claims[0] is self._acquired

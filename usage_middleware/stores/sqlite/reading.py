@@ -1,8 +1,8 @@
-"""Reading an SQLite database that another program may own, without a change to its file or its folder.
+"""Read an SQLite database that another program may own, without changing its file or its directory.
 
-``mode=ro`` alone is not enough. If a database is in WAL mode and no program has it open, even a reader makes the files
-``-wal`` and ``-shm`` beside it, and leaves them there (sqlite.org/wal.html, "Read-Only Databases"). Then they
-belong to the reader, and a program that runs as another user cannot write its own database any more.
+``mode=ro`` alone is not enough. If a database is in WAL mode and no program has it open, even a reader creates the
+files ``-wal`` and ``-shm`` beside it, and leaves them there (sqlite.org/wal.html, "Read-Only Databases"). They belong
+to the reader then, and a program that runs as another user can no longer write to its own database.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _COLUMNS: Final = (
 
 
 def open_reader(box: Box, path: str, *, timeout: float = 0.0, epoch: object = None) -> sqlite3.Connection:
-    """Open the database at ``path`` into a box, to read it. Never make a file.
+    """Open the database at ``path`` into a box, to read it. Never create a file.
 
     :raises OSError: the file cannot be read.
     :raises StoreError: only a program that may write can read it.
@@ -58,7 +58,7 @@ def open_reader(box: Box, path: str, *, timeout: float = 0.0, epoch: object = No
             is_held = lock.take()
             if is_held and os.path.exists(f"{file}-wal") and os.path.exists(f"{file}-shm"):
                 connection = open_handle(box, file, _LIVE, timeout=timeout, epoch=epoch)
-                # From its first statement on, it has a lock of its own.
+                # From its first statement on, SQLite holds a lock of its own.
                 connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
                 return connection
         if time.monotonic() >= deadline:
@@ -102,12 +102,12 @@ def _was_wal(path: str) -> bool:
 
 
 def _may_read(file: str) -> bool:
-    """Return whether this process may read a file, or the file does not exist. It may appear and vanish meanwhile."""
+    """Return whether this process may read a file, or the file does not exist. It may appear or vanish meanwhile."""
     return any(os.access(file, os.R_OK) or not os.path.exists(file) for _ in range(5))
 
 
 def look(path: str, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
-    """Return what ``work`` reads in the database of another program. ``work`` may be called again.
+    """Return what ``work`` reads in the database of another program. ``work`` may be called more than once.
 
     :raises StoreError: the file cannot be opened.
     """
@@ -145,9 +145,8 @@ def _decode(text: bytes) -> str:
 def _frozen_state(path: str) -> object:
     """Return a value that changes when the database is written, or ``None`` if a reader needs locks.
 
-    It is for a database in WAL mode that no program has open.
-
-    A program that writes a database has a log as long as it is open, and changes the file before it removes the log.
+    A reader needs no locks if the database is in WAL mode and no program has it open. A program that writes has a log
+    as long as it has the database open, and changes the file before it removes the log.
     """
     status = os.stat(path)
     if os.path.exists(f"{path}-wal") or not is_wal(path):
@@ -156,9 +155,9 @@ def _frozen_state(path: str) -> object:
 
 
 def columns(path: str, table: str) -> set[str]:
-    """Return the names of a table's columns; none if there is no such table, or ``path`` is not a database.
+    """Return the names of a table's columns: none if there is no such table, or ``path`` is not a database.
 
-    A view is not a table: reading a view may take for ever.
+    A view is not a table: reading a view may take forever.
 
     :raises StoreError: the file cannot be opened.
     """

@@ -1,4 +1,4 @@
-"""A look at a database's file itself, and a lock on it that keeps its log where it is."""
+"""Read the mode of a database from its file, and lock the file so that no program removes its log."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import sys
 from contextlib import suppress
 from typing import Final, Literal
 
-with suppress(ImportError):  # Windows has none
+with suppress(ImportError):  # not on Windows
     import fcntl
 
 _HAS_LOCKS: Final = sys.platform == "linux"
 
 _WAL_HEADER: Final = b"\2\2"  # the two bytes at 18: the versions of the file format (sqlite.org/fileformat.html, 1.3)
 
-# The bytes that a connection which reads has locked (in SQLite's sources, os.h: SHARED_FIRST and SHARED_SIZE). A
-# program that closes a database as the last one locks them all for itself before it removes the log.
+# The bytes that a reading connection has locked (in SQLite's sources, os.h: SHARED_FIRST and SHARED_SIZE). The last
+# program to close a database locks all of them exclusively before it removes the log.
 _FIRST: Final = 0x40000000 + 2
 _LENGTH: Final = 510
 
 # By device and inode. No other file gets the same inode as long as this one is open. The files stay open: closing any
-# descriptor of a file releases every lock that the process has on it, those of SQLite's connections too
+# descriptor of a file releases every lock that the process has on it, including those of SQLite's connections
 # (sqlite.org/howtocorrupt.html, section 2.2).
 _descriptors: Final[dict[tuple[int, int], int]] = {}
 
@@ -35,13 +35,13 @@ def is_wal(path: str) -> bool:
 
 
 class SharedLock:
-    """While it is held, no program removes the log of a database or its index.
+    """A lock. While it is held, no program removes the log of a database or the index of the log.
 
-    SQLite's own lock would not do, as SQLite takes it after it has looked for a log, and makes one if there is none.
-    This one is of the open file, and not of the process: it is there beside SQLite's, and goes without it. Systems
-    other than Linux do without; the time in which another program may come is short.
+    SQLite's own lock is not enough: SQLite takes it only after it has looked for a log, and creates one if there is
+    none. This lock belongs to an open file and not to the process, so it is independent of SQLite's. Systems other than
+    Linux do without it: the time in which another program may remove the log is short.
 
-    Like a :class:`~.turn.Turn`, it is entered twice.
+    Enter it twice, like a :class:`~.group_commit.Turn`.
 
     :raises OSError: the file cannot be read.
     """
@@ -56,7 +56,7 @@ class SharedLock:
         self._set("F_UNLCK")
 
     def take(self) -> bool:
-        """Return whether it is held. It is not if a program is about to remove the log."""
+        """Take the lock, and return whether it is held. It is not if a program is about to remove the log."""
         try:
             self._set("F_RDLCK")
         except BlockingIOError:
