@@ -8,7 +8,7 @@ from usage_middleware.cli import main
 
 @pytest.fixture
 def run(db, capsysbinary):
-    """Run the command in this process, and return its standard output, as bytes, and its standard error."""
+    """Run the command in this process, and return its standard output (bytes) and its standard error (text)."""
 
     def run(*args, status=0):
         with pytest.raises(SystemExit) as end:

@@ -1,4 +1,4 @@
-"""The command ``check``: what it says of a database, and what its exit status tells."""
+"""``check``: its findings, and its exit status."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from usage_middleware.stores.sqlite.sqlite_health import has_wal_reset_bug
 
 @pytest.fixture
 def path():
-    """A database in a folder that every user can enter, which the folders of pytest are not."""
+    """Yield a database in a directory that every user can enter. Only their owner can enter those of pytest."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         yield database_in(Path(folder))
@@ -48,7 +48,7 @@ def sql(path, statement):
         return connection.execute(statement).fetchall()
 
 
-def test_a_sound_database(check, path):
+def test_a_sound_database_exits_with_0(check, path):
     status, out, err = check(path)
     assert (status, err) == (0, "")
     lines = out.splitlines()
@@ -61,7 +61,7 @@ def test_a_sound_database(check, path):
     assert sum("SQLite 3." in line for line in lines) == 1
 
 
-def test_for_programs(path, capsys):
+def test_json_lists_findings_with_their_level(path, capsys):
     for break_, level in ((lambda: None, "ok"), (lambda: path.chmod(0o666), "problem")):
         break_()
         with pytest.raises(SystemExit) as ended:
@@ -73,14 +73,14 @@ def test_for_programs(path, capsys):
         assert level in {finding["level"] for finding in findings}
 
 
-def test_it_changes_nothing(check, path):
+def test_check_changes_nothing(check, path):
     before = sql(path, "SELECT * FROM tokens")
     check(path)
     assert sql(path, "SELECT * FROM tokens") == before
 
 
 def empty_index(path):
-    """Empties an index behind SQLite's back: its table has a row that it does not."""
+    """Empty an index behind SQLite's back. Its table still has a row."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("CREATE TABLE other (a UNIQUE)")
         connection.execute("INSERT INTO other VALUES (1)")
@@ -91,7 +91,7 @@ def empty_index(path):
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     with open(path, "r+b") as file:
         file.seek((root - 1) * size + 3)
-        file.write(b"\0\0")  # how many cells the page has (sqlite.org/fileformat.html, section 1.6)
+        file.write(b"\0\0")  # the number of cells in the page (sqlite.org/fileformat.html, section 1.6)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def empty_index(path):
         pytest.param(empty_index, 1, "PROBLEM the file is damaged: ", id="damaged"),
     ],
 )
-def test_what_is_wrong_is_reported(check, path, break_, status, line):
+def test_each_fault_has_its_line_and_exit_status(check, path, break_, status, line):
     break_(path)
     found, out, _ = check(path)
     assert line in out
@@ -115,7 +115,7 @@ def test_what_is_wrong_is_reported(check, path, break_, status, line):
 
 @pytest.mark.parametrize("suffix", ["-wal", "-shm"])
 @pytest.mark.parametrize(("mode", "status", "line"), [(0o644, 0, "warning"), (0o666, 1, "PROBLEM")])
-def test_the_files_beside_it_hold_the_newest_rows(check, path, suffix, mode, status, line):
+def test_the_permissions_of_wal_and_shm_are_checked_too(check, path, suffix, mode, status, line):
     with SQLiteTokenStore(path) as store:
         store.create()
         Path(f"{path}{suffix}").chmod(mode)
@@ -125,8 +125,8 @@ def test_the_files_beside_it_hold_the_newest_rows(check, path, suffix, mode, sta
 
 
 @pytest.mark.parametrize("closed", [0, 1, 2])
-def test_what_other_users_cannot_enter_they_cannot_read(check, path, closed):
-    """Whichever folder on the way is closed to them."""
+def test_a_directory_closed_to_others_protects_the_file(check, path, closed):
+    """It may be any directory on the path."""
     folders = [path.parent / "a", path.parent / "a" / "b", path.parent / "a" / "b" / "c"]
     for number, folder in enumerate(folders):
         folder.mkdir()
@@ -145,7 +145,7 @@ def test_a_folder_in_which_others_may_replace_the_file_is_a_problem(check, path)
     status, out, _ = check(path)
     assert status == 1
     assert f"PROBLEM permissions of {path.parent} let every user of this machine replace the database" in out
-    path.parent.chmod(0o1777)  # as /tmp: only the owner of a file may remove it
+    path.parent.chmod(0o1777)  # like /tmp: only the owner of a file may remove it
     assert check(path)[0] == 0
 
 
@@ -160,7 +160,7 @@ def test_a_reservation_that_has_lapsed_is_a_warning(check, path):
 
 
 @pytest.mark.parametrize("text", ["no database at all" * 100, None], ids=["another file", "no file"])
-def test_what_cannot_be_opened_is_refused(check, tmp_path, text):
+def test_what_cannot_be_opened_exits_with_2(check, tmp_path, text):
     path = tmp_path / "other.db"
     if text is not None:
         path.write_text(text)
@@ -186,7 +186,7 @@ def test_what_cannot_be_opened_is_refused(check, tmp_path, text):
         ((3, 53, 0), False),
     ],
 )
-def test_which_versions_may_damage_a_file(version, bug):
+def test_versions_of_sqlite_with_the_wal_reset_bug_are_known(version, bug):
     assert has_wal_reset_bug(version) == bug
 
 

@@ -1,4 +1,4 @@
-"""A field of a token that is forgotten somewhere: each place is asked for each field that the dataclass has."""
+"""No field of a token is left out anywhere: each place is tested with each field of the dataclass."""
 
 import dataclasses
 import io
@@ -16,10 +16,10 @@ from usage_middleware.usage import DayUsage
 
 FIELDS = [field.name for field in dataclasses.fields(Token)]
 OF_RECORD = [field.name for field in dataclasses.fields(TokenRecord) if field.name not in ("token", "digest")]
-# What belongs to the store that a token comes from: it has its own ids, and its own reservations.
+# Fields that are not copied to another store, which has ids and reservations of its own.
 STAYS = {"id", "held"}
 
-# A token like any other, and for each field one that differs from it in that field alone.
+# An ordinary token, and how to make one that differs from it in one field only.
 PLAIN = Token(
     id=1,
     name="Alice",
@@ -75,7 +75,7 @@ def test_export_and_import_carry_every_field_of_a_record(name, write, read):
     assert getattr(row.content, name) == values[name]
 
 
-def test_the_places_that_list_the_fields_list_all():
+def test_every_list_of_fields_is_complete():
     fields = {*FIELDS, *OF_RECORD, "digest"} - {"held"}
     assert set(EXPORTED) == fields
     assert set(FROM_TEXT) == set(FROM_JSON) == fields | {"key", "total_granted"}

@@ -1,4 +1,4 @@
-"""``demo``: what it prints works as it is printed, and nothing of it is left behind."""
+"""``demo``: the commands that it prints work as printed, and it leaves no files behind."""
 
 import os
 import re
@@ -12,7 +12,8 @@ from command import SCRIPT
 
 STOPPED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
-# What Python imports as it starts: it sends the process a signal as soon as it does something.
+# A module that Python imports at its start. It sends the process a signal at an audit event (docs.python.org,
+# sys.addaudithook).
 AT_ONCE = """
 import os, signal, sys
 
@@ -55,14 +56,14 @@ def test_a_signal_while_it_serves_leaves_no_folder(start, tmp_path, number):
     assert "Traceback" not in log.read_text()
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="what is ignored is seen in /proc")
-def test_nohup_keeps_it_running():
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the ignored signals are read from /proc")
+def test_nohup_keeps_the_demo_running():
     program = "import os, sys, signal as s; s.signal(s.SIGHUP, s.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
     with subprocess.Popen(
         [sys.executable, "-c", program, SCRIPT, "demo", "--port", "0"], stdout=subprocess.PIPE, text=True
     ) as process:
         try:
-            while "Ctrl-C stops the demonstration" not in process.stdout.readline():
+            while "Press Ctrl-C" not in process.stdout.readline():
                 assert process.poll() is None
             (ignored,) = re.findall(r"^SigIgn:\s+([0-9a-f]+)$", Path(f"/proc/{process.pid}/status").read_text(), re.M)
             assert int(ignored, 16) >> (signal.SIGHUP - 1) & 1
@@ -72,7 +73,7 @@ def test_nohup_keeps_it_running():
             process.kill()
 
 
-def test_a_reader_that_has_gone_leaves_no_folder(tmp_path):
+def test_a_closed_pipe_leaves_no_folder(tmp_path):
     with subprocess.Popen(
         [SCRIPT, "demo", "--port", "0"],
         stdout=subprocess.PIPE,
@@ -90,7 +91,7 @@ def test_a_reader_that_has_gone_leaves_no_folder(tmp_path):
 @pytest.mark.parametrize("folder", ["plain", "with a blank and 'quotes'"])
 @pytest.mark.parametrize("is_relative", [False, True])
 def test_the_commands_that_it_prints_work_as_they_are_printed(tmp_path, folder, is_relative):
-    """Also from another directory, without the program on PATH, and for names that a shell would split."""
+    """Run them from another directory, without the program on PATH, and with paths that a shell would split."""
     script = tmp_path / folder / "bin" / "usage-middleware"
     script.parent.mkdir(parents=True)
     script.symlink_to(SCRIPT)

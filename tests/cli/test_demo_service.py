@@ -1,4 +1,4 @@
-"""The service of ``demo``: a newcomer sees a request charged."""
+"""The service of ``demo``, in which a newcomer sees a request charged."""
 
 import json
 import re
@@ -17,7 +17,7 @@ def post(url, text, **headers):
 
 
 @pytest.mark.servers
-def test_the_printed_request_is_charged_for_what_it_came_to(start):
+def test_the_printed_request_costs_a_unit_per_character(start):
     _, match, log = start("demo", "--port", "0", ready=rf"{URL}/shout\n")
     command = shlex.split(re.search(r"curl .*/shout", log.read_text())[0])
     name, _, value = command[command.index("-H") + 1].partition(": ")

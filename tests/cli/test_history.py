@@ -1,4 +1,4 @@
-"""``history`` with its filters, ``prune``, and ``settle`` of a reservation that is stuck."""
+"""``history`` with its filters, ``prune``, and ``settle`` for a reservation that has lapsed."""
 
 import io
 import sys
@@ -19,7 +19,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def past(db):
-    """A database with charges of 60, 30 and 2 days ago and of now, a reservation that is open, and one that lapsed."""
+    """A database with charges made 60, 30 and 2 days ago and now, an open reservation, and one that has lapsed."""
     now = begin = time.time()
     with SQLiteTokenStore(db, clock=lambda: now) as store:
         key, _ = store.create(total_available=1000, name="Alice")
@@ -51,7 +51,7 @@ def past(db):
         (["--state", "final", "--since", "3d"], [1, 2]),
     ],
 )
-def test_history_shows_what_is_asked_for(past, options, amounts):
+def test_filters_of_history_combine(past, options, amounts):
     assert [operation["amount"] for operation in run_json("history", 1, *options)] == amounts
     assert len(run("history", 1, *options)[0].splitlines()) == 1 + len(amounts)
 
@@ -59,7 +59,7 @@ def test_history_shows_what_is_asked_for(past, options, amounts):
 # --- settle
 
 
-def test_a_reservation_that_is_stuck_is_settled(past):
+def test_a_lapsed_reservation_is_found_and_settled(past):
     shown = run("check")[0]
     (lapsed,) = run_json("history", 1, "--state", "lapsed")
     assert f"warning operation {lapsed['id']} of token 1 holds 7 quota units and lapsed on " in shown
@@ -92,48 +92,48 @@ def operations(db):
         return len(list(store.history(1)))
 
 
-def test_prune_counts_what_it_forgot(past):
-    assert run("prune", "--older-than", "90d")[1].startswith("Forgot 0 operations from before 20")
-    assert run("prune", "--older-than", "45d")[1].startswith("Forgot 1 operation from before ")
-    assert run("prune", "--before", int(time.time()) - 25 * DAY)[1].startswith("Forgot 1 operation from before ")
+def test_prune_says_how_many_operations_it_deleted(past):
+    assert run("prune", "--older-than", "90d")[1].startswith("Deleted 0 operations from before 20")
+    assert run("prune", "--older-than", "45d")[1].startswith("Deleted 1 operation from before ")
+    assert run("prune", "--before", int(time.time()) - 25 * DAY)[1].startswith("Deleted 1 operation from before ")
     assert operations(past) == 4
     assert run_json("show", 1)["total_used"] == 60 + 30 + 2 + 8 + 1 + 7
     assert len(run_json("usage", 1, "--days", 90)["days"]) >= 4
 
 
 @pytest.mark.parametrize("when", ["2099-01-01", pytest.param(str(int(time.time()) + 60 * DAY), id="60 days from now")])
-def test_a_time_to_come_is_refused(past, when):
+def test_prune_refuses_a_time_in_the_future(past, when):
     for words in ([], ["--yes"], ["--dry-run"]):
-        assert "lies in the future" in run("prune", "--before", when, *words, status=2)[1]
+        assert "is in the future" in run("prune", "--before", when, *words, status=2)[1]
     assert operations(past) == 6
 
 
-def test_a_dry_run_forgets_nothing_and_counts_the_same(past):
+def test_a_dry_run_of_prune_deletes_nothing_and_counts_the_same(past):
     before = past.read_bytes()
-    assert run("prune", "--older-than", "25d", "--dry-run")[1].startswith("Would forget 2 operations from before ")
+    assert run("prune", "--older-than", "25d", "--dry-run")[1].startswith("Would delete 2 operations from before ")
     assert past.read_bytes() == before
-    assert run("prune", "--older-than", "25d")[1].startswith("Forgot 2 operations from before ")
+    assert run("prune", "--older-than", "25d")[1].startswith("Deleted 2 operations from before ")
 
 
 @pytest.mark.parametrize(("answer", "left"), [("y\n", 4), ("n\n", 6), ("", 6)])
-def test_at_a_terminal_it_says_what_would_go_and_asks(past, monkeypatch, answer, left):
+def test_at_a_terminal_prune_says_how_many_and_asks(past, monkeypatch, answer, left):
     monkeypatch.setattr(sys, "stdin", Terminal(answer))
     out, err = run("prune", "--older-than", "25d", status=0 if left == 4 else 2)
-    assert "Forget 2 operations from before 20" in out + err
+    assert "Delete 2 operations from before 20" in out + err
     assert operations(past) == left
 
 
-def test_with_yes_it_does_not_ask(past, monkeypatch):
+def test_prune_with_yes_does_not_ask(past, monkeypatch):
     monkeypatch.setattr(sys, "stdin", Terminal(""))
     out, err = run("prune", "--older-than", "25d", "--yes")
     assert out == ""
-    assert err.startswith("Forgot 2 operations from before ")
+    assert err.startswith("Deleted 2 operations from before ")
 
 
 @pytest.mark.parametrize("age", ["0d", "0s", "23h"])
-def test_what_a_client_may_still_repeat_is_forgotten_only_by_yes(past, age):
+def test_operations_of_the_last_day_are_deleted_only_with_yes(past, age):
     _, err = run("prune", "--older-than", age, status=2)
-    assert "clients may still repeat what is less than a day old" in err
+    assert "clients may still repeat operations that are less than a day old" in err
     assert operations(past) == 6
-    assert "Forgot" in run("prune", "--older-than", age, "--yes")[1]
+    assert "Deleted" in run("prune", "--older-than", age, "--yes")[1]
     assert operations(past) < 6

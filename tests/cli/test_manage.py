@@ -1,4 +1,4 @@
-"""Making, reading and changing tokens, as an operator types it."""
+"""Creating, reading and changing tokens at the shell."""
 
 import io
 import sys
@@ -10,7 +10,7 @@ from command import KEY, NOW, run, run_json
 from usage_middleware import SQLiteTokenStore, Token
 from usage_middleware.cli.formats import describe, token_table
 
-# --- Making and reading tokens
+# --- Creating and reading tokens
 
 
 def test_create_prints_the_key_alone_and_once(db):
@@ -24,7 +24,7 @@ def test_create_prints_the_key_alone_and_once(db):
         assert key not in "".join(shown)
 
 
-def test_everything_that_create_takes(db):
+def test_create_takes_every_field(db):
     created = run_json(
         *("create", "--name", "Alice", "--total-available", 1000, "--unlimited-quota"),
         *("--model-limit", "gpt-4o=500", "--model-limit", "a=b=7", "--model-limit", "any"),
@@ -76,7 +76,7 @@ def test_list_is_a_table(db):
     ]
 
 
-def test_list_for_programs(db):
+def test_list_as_json(db):
     with SQLiteTokenStore(db) as store:
         store.get_by_id(1)
         assert run_json("list") == []
@@ -85,7 +85,7 @@ def test_list_for_programs(db):
     assert [(token["id"], token["name"]) for token in run_json("list")] == [(1, "caf\u00e9"), (2, "")]
 
 
-def test_a_table_takes_tokens_as_they_come():
+def test_a_table_is_printed_without_collecting_its_rows():
     def endless():
         number = 0
         while True:
@@ -96,7 +96,7 @@ def test_a_table_takes_tokens_as_they_come():
     assert [next(lines).split()[0] for _ in range(2000)] == ["ID", *map(str, range(1, 2000))]
 
 
-def test_show(db):
+def test_show_has_the_fields_and_the_models(db):
     with SQLiteTokenStore(db) as store:
         store.create(name="Alice", total_available=1000, model_limits={"gpt-4o": 500_000, "any": True})
     lines = run("show", 1)[0].splitlines()
@@ -128,7 +128,7 @@ def test_a_bar_is_only_empty_or_full_if_that_is_true(used, granted, shown):
     assert f"Used       {shown}" in list(describe(token, NOW, {}))
 
 
-def test_the_models_of_a_token_without_limits_are_shown_too():
+def test_show_lists_models_that_have_no_limit():
     token = Token(id=1, total_used=5, unlimited_quota=True, model_limits={"listed": 10})
     assert list(describe(token, NOW, {"listed": 5, "\u6a21\u578b": 7}))[-3:] == [
         "Models     any; the limits below are not enabled",
@@ -159,7 +159,7 @@ def test_the_models_of_a_token_without_limits_are_shown_too():
         (["--name", "New", "--disable"], {"name": "New", "enabled": False}),
     ],
 )
-def test_update_changes_what_is_named(db, options, changed):
+def test_update_changes_only_what_is_named(db, options, changed):
     with SQLiteTokenStore(db) as store:
         store.create(name="Old", total_available=5, model_limits={"old": 1}, expires_at=4_102_444_800)
     before = run_json("show", 1)
@@ -175,7 +175,7 @@ def test_update_changes_what_is_named(db, options, changed):
         (["--model-limits-enabled"], ["--model-limits-disabled"]),
     ],
 )
-def test_update_back(db, off, on):
+def test_update_undoes_an_update(db, off, on):
     run("create")
     before = run_json("show", 1)
     assert run_json("update", 1, *off) != before
@@ -191,7 +191,7 @@ def test_rotate_prints_a_new_key(db):
         assert store.get(new.removeprefix("sk-")).id == 1
 
 
-def test_delete(db):
+def test_delete_removes_the_token(db):
     run("create")
     assert run("delete", 1) == ("", "Deleted token 1.\n")
     assert run_json("list") == []

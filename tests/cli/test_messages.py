@@ -1,4 +1,4 @@
-"""What a command says when something is wrong: it names the thing that was typed, and what to do."""
+"""An error message names what was typed, and what to do."""
 
 import ast
 import re
@@ -36,13 +36,13 @@ def without_sqlalchemy(*args):
         ),
     ],
 )
-def test_without_the_extra_each_url_is_called_what_it_is(url, message):
+def test_without_sqlalchemy_each_url_has_its_own_message(url, message):
     for words in (["list", "--db", url], ["serve", "--db", url]):
         assert without_sqlalchemy(*words).startswith(f"Error: {message}")
     assert message in without_sqlalchemy("import", "--db", "x.db", url)
 
 
-def test_a_key_with_a_blank(db):
+def test_a_key_with_a_space_is_refused(db):
     assert run("create", "--key", "a b", status=2)[1] == (
         "Error: a key must be 1 to 512 visible ASCII characters without a comma or a space, with or without 'sk-' in "
         "front\n"
@@ -69,11 +69,11 @@ def test_only_keys_are_taken_out_of_a_message(text, shown):
     assert without_keys(text) == shown
 
 
-def test_nothing_to_change(db):
+def test_update_without_an_option_names_one(db):
     run("create")
     assert run("update", 1, status=2)[1] == (
-        "Error: nothing to change; name what is to change, as in --name NEW; 'usage-middleware update --help' lists "
-        "all\n"
+        "Error: nothing to change; add an option such as --name NEW; 'usage-middleware update --help' lists all of "
+        "them\n"
     )
 
 
@@ -87,20 +87,20 @@ def test_a_port_in_use_is_named_once(db):
     )
 
 
-def test_a_host_that_is_none(db):
+def test_an_unknown_host_is_named_without_an_errno(db):
     run("create")
     _, err = run("serve", "--port", 0, "--host", "no.such.host.invalid", status=2)
     assert err.startswith("Error: cannot listen on no.such.host.invalid port 0: ")
     assert "[Errno" not in err
 
 
-def test_imported_tokens_were_made_at_an_unknown_time(db):
+def test_an_imported_token_was_not_created_never(db):
     db.with_name("t.csv").write_text("key\nthe-key-of-a-holder\n")
     run("import", "t.csv")
     assert "never" not in [line.split()[1] for line in run("show", 1)[0].splitlines() if line.startswith("Created")]
 
 
-def test_a_directory_is_called_one(db, tmp_path):
+def test_a_directory_is_not_a_database(db, tmp_path):
     for words in (["list"], ["create"], ["serve"]):
         assert "is a directory; name a file in it" in run(*words, "--db", tmp_path, status=2)[1]
 
@@ -128,11 +128,11 @@ def test_an_import_of_short_keys_warns(db):
         assert [token.hint for token in store.tokens()] == ["", "", ""]
 
 
-# --- Every sentence of the room
+# --- Every sentence
 
 
 def sentences():
-    """Every text in the room that a person may read, and where it stands."""
+    """Yield every string of the command's source that has a space in it, and where it is."""
     for path in sorted(ROOM.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:

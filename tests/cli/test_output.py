@@ -1,4 +1,4 @@
-"""What a command has committed is printed first; if it cannot be printed, or is uncertain, that is said."""
+"""A command prints what it has committed. If it cannot, or if the outcome is unknown, its error says what to do."""
 
 import json
 import os
@@ -14,8 +14,8 @@ from command import KEY, SCRIPT, run, run_json
 from usage_middleware import SQLiteTokenStore
 from usage_middleware.cli import printing
 
-# Two stores over an SQLite file, as a package may bring them. One loses an answer: a call is committed and fails all
-# the same, for as long as a file is there. The other can be written and not read any more, once it was written.
+# Two stores over an SQLite file, as another package may provide them. Lossy removes the file "lossy" if there is one,
+# and raises an error after it has committed. WriteOnly cannot be read any more once it was written.
 STORES = """
 from pathlib import Path
 from usage_middleware import SQLiteTokenStore, StoreError
@@ -56,7 +56,7 @@ def write_only(url, *, read_only=False):
 
 @pytest.fixture
 def brought(tmp_path, db, monkeypatch):
-    """The environment of a process that has those stores."""
+    """Install those stores for the processes that a test starts. Return the key of a token."""
     site = tmp_path / "site"
     installed = site / "lossy_stores-1.0.dist-info"
     installed.mkdir(parents=True)
@@ -110,7 +110,7 @@ def used(db):
     ],
     ids=str,
 )
-def test_the_command_that_is_printed_makes_sure_of_it_once(db, brought, words, kind):
+def test_the_printed_command_takes_effect_once(db, brought, words, kind):
     names = {
         "KEY": brought,
         "CHARGE": operations(db, "charge")[-1],
@@ -122,7 +122,7 @@ def test_the_command_that_is_printed_makes_sure_of_it_once(db, brought, words, k
     assert out == ""
     assert "the outcome is unknown" in err
     assert brought[3:] not in err
-    (repeat,) = re.findall(r"only once: (.*)\n", err)
+    (repeat,) = re.findall(r"only once, run: (.*)\n", err)
     assert shlex.split(repeat)[0] == SCRIPT
     after = used(db)
     done = subprocess.run(
@@ -133,7 +133,7 @@ def test_the_command_that_is_printed_makes_sure_of_it_once(db, brought, words, k
     assert len(operations(db, kind)) == before + (1 if kind else 0)
 
 
-def test_the_idempotency_key_that_was_given_is_the_one_to_repeat_by(db, brought):
+def test_the_printed_command_repeats_the_given_idempotency_key(db, brought):
     Path("lossy").touch()
     _, err = script("--db", f"lossy://{db}", "charge", 1, 5, "--idempotency-key", "an order's", status=2)
     assert "--idempotency-key 'an order'\"'\"'s'" in err
@@ -149,13 +149,13 @@ def test_the_idempotency_key_that_was_given_is_the_one_to_repeat_by(db, brought)
         ("postgresql://host/name?password=canary", "--db DATABASE"),
     ],
 )
-def test_the_command_names_the_database_from_whichever_directory(tmp_path, monkeypatch, database, shown):
+def test_the_printed_command_names_the_database_for_any_directory(tmp_path, monkeypatch, database, shown):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("usage_middleware.cli.printing.typed_database", lambda: database)
     assert printing.command("grant", 1, -5) == f"usage-middleware grant 1 -5 {shown.format(here=tmp_path)}"
 
 
-def test_a_database_that_the_environment_names_is_not_named_again(db, brought, monkeypatch):
+def test_the_printed_command_leaves_out_a_database_of_the_environment(db, brought, monkeypatch):
     monkeypatch.setenv("USAGE_MIDDLEWARE_DB", f"lossy://{db}")
     Path("lossy").touch()
     _, err = script("charge", 1, 5, status=2)
@@ -170,13 +170,13 @@ def test_a_password_is_not_printed(db, brought):
 @pytest.mark.parametrize(
     ("words", "advice"),
     [
-        (["create"], "If 'usage-middleware list' shows the token all the same, delete it: its key is lost"),
-        (["rotate", "1"], "run the same command again: the newest key works"),
+        (["create"], "If 'usage-middleware list' shows the token anyway, delete it: its key is lost"),
+        (["rotate", "1"], "run the same command again: only the newest works"),
         (["update", "1", "--name", "New"], "run the same command again"),
-        (["delete", "1", "--yes"], "run the same command again, until there is no token 1"),
+        (["delete", "1", "--yes"], "Run the same command again, until it says that there is no token 1"),
     ],
 )
-def test_what_has_no_idempotency_key_says_how_to_make_sure(db, brought, words, advice):
+def test_a_call_without_an_idempotency_key_says_how_to_make_sure(db, brought, words, advice):
     Path("lossy").touch()
     out, err = script("--db", f"lossy://{db}", *words, status=2)
     assert out == ""
@@ -188,7 +188,7 @@ def test_what_has_no_idempotency_key_says_how_to_make_sure(db, brought, words, a
 
 
 @pytest.mark.slow
-def test_what_is_printed_comes_from_the_call_itself(db, brought):
+def test_results_are_printed_without_reading_the_database_again(db, brought):
     database = f"writeonly://{db}"
     assert KEY.fullmatch(script("create", "--db", database)[0].strip())
     assert json.loads(script("grant", "--db", database, 1, 5, "--json")[0])["total_granted"] == 1005
@@ -216,20 +216,20 @@ WITHOUT_OUTPUT = [
     (["--help"], ""),
     (["charge", "--help"], ""),
     (["--version"], ""),
-    (["create"], "token 2 was made; 'usage-middleware rotate 2' gives it a new key"),
-    (["create", "--json"], "token 2 was made"),
+    (["create"], "token 2 was created; 'usage-middleware rotate 2' gives it a new key"),
+    (["create", "--json"], "token 2 was created"),
     (["rotate", "1"], "token 1 has a new key, which is lost; run the same command again for another"),
     (["update", "1", "--name", "New"], "token 1 was changed"),
     (["grant", "1", "7"], "7 quota units were granted to token 1, with the idempotency key "),
     (["charge", "1", "7", "--json"], "7 quota units were charged to token 1, with the idempotency key "),
-    (["refund", "CHARGE", "7"], "7 quota units of operation CHARGE was given back"),
+    (["refund", "CHARGE", "7"], "operation CHARGE was refunded: 7 quota units, with the idempotency key "),
     (["settle", "RESERVATION", "7"], "operation RESERVATION was settled with 7 quota units"),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("words", "says"), WITHOUT_OUTPUT, ids=[" ".join(words) for words, _ in WITHOUT_OUTPUT])
-def test_a_full_disk_is_one_line_that_says_what_is_done(db, brought, words, says):
+def test_a_full_disk_is_one_line_that_says_what_was_committed(db, brought, words, says):
     names = {"CHARGE": operations(db, "charge")[-1], "RESERVATION": operations(db, "reserve")[-1]}
     for name, identifier in names.items():
         says = says.replace(name, identifier)
@@ -248,7 +248,7 @@ def test_a_full_disk_is_one_line_that_says_what_is_done(db, brought, words, says
     assert not KEY.search(err)
 
 
-def test_the_key_of_a_charge_that_could_not_be_printed_repeats_it(db, brought):
+def test_the_idempotency_key_in_the_error_repeats_the_charge(db, brought):
     with open("/dev/full", "w") as full:
         _, err = script("charge", "1", "7", status=2, stdout=full, capture_output=False, stderr=subprocess.PIPE)
     before = used(db)
@@ -264,7 +264,7 @@ def test_standard_error_may_be_full_too(db, brought):
 
 
 @pytest.mark.parametrize("words", [["list"], ["--help"], ["history", "1", "--json"], ["export"]])
-def test_a_reader_that_has_gone_is_no_error(db, brought, words):
+def test_a_closed_pipe_ends_a_command_quietly(db, brought, words):
     ours, theirs = os.pipe()
     os.close(ours)
     try:
@@ -275,7 +275,7 @@ def test_a_reader_that_has_gone_is_no_error(db, brought, words):
     assert (done.returncode, done.stderr) == (1, "")
 
 
-def test_a_reader_that_has_gone_hears_of_a_key_that_is_lost(db, brought):
+def test_a_closed_pipe_is_an_error_if_a_new_key_is_lost(db, brought):
     ours, theirs = os.pipe()
     os.close(ours)
     try:
@@ -298,9 +298,9 @@ def test_a_key_on_standard_input_that_is_not_text_is_one_line(db, brought):
             env={**os.environ, "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:strict"},
         )
         assert done.returncode == 2
-        assert done.stderr == b"Error: standard input must be a key, and is not text\n"
+        assert done.stderr == b"Error: standard input must be a key, but it is not text\n"
 
 
-def test_every_number_is_json_that_is_exact(db):
+def test_large_numbers_are_exact_in_json(db):
     run("create", "--quota", 2**63 - 1)
     assert run_json("list")[0]["total_available"] == 2**63 - 1

@@ -1,4 +1,4 @@
-"""``grant``, ``charge``, ``refund``, ``history`` and ``prune``, as an operator types them."""
+"""``grant``, ``charge``, ``refund`` and ``history`` at the shell."""
 
 import io
 import sys
@@ -44,14 +44,14 @@ def test_a_grant_with_an_idempotency_key_is_made_once(db):
     assert "another amount" in run("grant", 1, 49, "--idempotency-key", "payment 7", status=2)[1]
 
 
-def test_without_an_idempotency_key_each_call_is_one_of_its_own(db):
+def test_calls_without_an_idempotency_key_get_different_ones(db):
     run("create")
     keys = {run_json("grant", 1, 50)["idempotency_key"] for _ in range(2)}
     assert len(keys) == 2
     assert run_json("show", 1)["total_granted"] == 100
 
 
-def test_refund_gives_back(db):
+def test_refund_returns_a_part_and_then_the_rest(db):
     run("create", "--quota", 100)
     run("charge", 1, 50)
     (charge,) = run_json("history", 1)
@@ -83,7 +83,7 @@ def test_history_is_a_table_newest_first(db):
     assert listed[-1]["held"] == 4000
 
 
-def test_history_of_a_token_without_any(db):
+def test_history_without_operations_is_empty(db):
     run("create")
     assert run_json("history", 1) == []
     assert len(run("history", 1)[0].splitlines()) == 1

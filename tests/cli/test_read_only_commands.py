@@ -1,4 +1,4 @@
-"""Commands that only read: they need no permission to write, make nothing, and leave a file as it is."""
+"""Commands that only read need no permission to write, create nothing, and leave a file as it is."""
 
 import os
 import sqlite3
@@ -41,13 +41,13 @@ IDS = " ".join
 
 
 def state_of(folder):
-    """All that is in a folder: the names, bytes and times of its files."""
+    """Return the names, bytes and times of the files in a folder."""
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(Path(folder).iterdir())}
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder with nothing but what a test puts there. What a command makes for itself, it makes elsewhere."""
+    """Yield an empty folder. Temporary files of a command go elsewhere, and are gone at the end."""
     temporary, folder = tmp_path / "temporary", tmp_path / "folder"
     temporary.mkdir()
     folder.mkdir()
@@ -108,7 +108,7 @@ def test_an_empty_file_stays_empty(folder, words):
     assert len(state_of(folder)) == 1
 
 
-def test_a_source_stays_as_it_is(folder, db):
+def test_import_leaves_its_source_as_it_is(folder, db):
     for name in ("delete", "wal"):
         foreign(folder / f"{name}.db", name)
     SQLiteTokenStore(folder / "ours.db").create()
@@ -122,7 +122,7 @@ def test_a_source_stays_as_it_is(folder, db):
     assert state_of(folder) == before
 
 
-def test_a_dry_run_leaves_what_it_would_import_into(folder, db):
+def test_a_dry_run_leaves_its_target_as_it_is(folder, db):
     with SQLiteTokenStore(db) as store:
         store.create()
     foreign(folder / "foreign.db", "wal")
@@ -144,15 +144,15 @@ def ours(folder):
 
 
 @pytest.mark.parametrize("words", READING, ids=IDS)
-def test_a_database_stays_as_it_is(ours, folder, words):
+def test_reading_leaves_a_database_as_it_is(ours, folder, words):
     before = state_of(folder)
     run(*words, "--db", ours)
     assert state_of(folder) == before
 
 
 @pytest.mark.parametrize("words", [words for words in READING if words != ["check"]], ids=IDS)
-def test_no_permission_to_write_is_needed(ours, words):
-    """``check`` reports a problem then: the service that uses the file could not charge."""
+def test_reading_needs_no_write_permission(ours, words):
+    """``check`` is left out: it reports a problem, as a service could not charge then."""
 
     def read():
         if os.geteuid() == 0:
@@ -160,7 +160,7 @@ def test_no_permission_to_write_is_needed(ours, words):
         _, err = run(*words, "--db", ours)
         return f"{os.access(ours, os.W_OK)} {os.access(ours.parent, os.W_OK)} {'Error' not in err}"
 
-    # Up to where all can go.
+    # Every directory on the path must be open to the other user.
     modes = {folder: folder.stat().st_mode for folder in ours.parents if not folder.stat().st_mode & 0o001}
     modes |= {path: path.stat().st_mode for path in (ours, ours.parent)}
     try:
@@ -224,7 +224,7 @@ def test_a_dry_run_into_an_earlier_version_leaves_it(earlier, folder, db):
     assert state_of(folder) == before
 
 
-def test_the_first_command_that_writes_upgrades(earlier):
+def test_the_first_command_that_writes_upgrades_the_tables(earlier):
     assert run_json("update", 7, "--name", "New", "--db", earlier)["name"] == "New"
     assert "opens, and its tables are those of this version" in run("check", "--db", earlier)[0]
 
@@ -251,7 +251,7 @@ def test_no_tables_are_made_in_a_server(database_url, words):
 
 
 @pytest.mark.servers
-def test_what_a_server_holds_is_read(database_url, db):
+def test_reading_commands_work_on_a_server(database_url, db):
     with SQLAlchemyTokenStore(database_url) as store:
         store.create(name="Alice", total_available=5)
     for words in READING:
@@ -309,8 +309,8 @@ def test_a_dry_run_and_a_source_do_not_upgrade_a_server(earlier_server, db):
 
 @pytest.mark.servers
 @pytest.mark.parametrize("words", [["list"], ["show", "7"], ["check"], ["export"], ["update", "7", "--name", "First"]])
-def test_what_an_earlier_version_left_on_a_server_is_there(earlier_server, words):
-    """It is upgraded, as by any other process of this version."""
+def test_tables_of_an_earlier_version_on_a_server_are_upgraded(earlier_server, words):
+    """Any other process of this version does the same."""
     url, state = earlier_server
     out, _ = run(*words, "--db", url)
     assert "tokens: 1 active" in out if words == ["check"] else "First" in out

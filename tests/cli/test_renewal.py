@@ -1,4 +1,4 @@
-"""Quotas that renew, at the shell."""
+"""Quota that renews, at the shell."""
 
 import time
 
@@ -11,17 +11,17 @@ def test_create_with_a_renewal(db):
     assert (created["renewal"], created["renewal_quota"], created["total_available"]) == ("monthly", 1000, 1000)
     assert created["renews_at"] > time.time()
     shown = run("show", 1)[0]
-    assert "Renews     monthly, with 1,000; the next time 2" in shown
+    assert "Renews     monthly, 1,000 quota units; next on 2" in shown
     assert "00:00 UTC\n" in shown
 
 
-def test_show_has_no_line_for_what_there_is_not(db):
+def test_show_leaves_out_what_a_token_does_not_have(db):
     run("create", "--quota", 1000)
     assert "Renews" not in run("show", 1)[0]
     assert "Held" not in run("show", 1)[0]
 
 
-def test_show_tells_what_reservations_hold(db):
+def test_show_has_what_reservations_hold(db):
     from usage_middleware import SQLiteTokenStore
 
     with SQLiteTokenStore(db) as store:
@@ -30,7 +30,7 @@ def test_show_tells_what_reservations_hold(db):
     assert run_json("list")[0]["held"] == 1500
 
 
-def test_update_begins_changes_and_ends_a_renewal(db):
+def test_update_starts_changes_and_ends_a_renewal(db):
     run("create", "--quota", 1000)
     updated = run_json("update", 1, "--renew", "daily", "--renewal-quota", 50)
     assert (updated["renewal"], updated["renewal_quota"], updated["total_available"]) == ("daily", 50, 1000)
@@ -55,7 +55,7 @@ def test_update_begins_changes_and_ends_a_renewal(db):
         (["update", 7, "--renew", "daily"], "there is no token 7"),
     ],
 )
-def test_what_is_missing_is_named(db, words, message):
+def test_a_wrong_renewal_is_refused_and_changes_nothing(db, words, message):
     run("create", "--quota", 1000)
     before = run("list", "--json")
     out, err = run(*words, status=2)

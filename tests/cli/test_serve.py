@@ -1,4 +1,4 @@
-"""``demo`` and ``serve``: the installed script, as a process."""
+"""``demo`` and ``serve``, run by the installed script in a process of their own."""
 
 import json
 import re
@@ -10,8 +10,6 @@ import sys
 import pytest
 from command import SCRIPT, URL, get, run
 
-# --- Serving: the installed script, as a process
-
 
 def test_demo_prints_a_curl_line_that_works_and_cleans_up(start, tmp_path):
     process, match, log = start(
@@ -22,7 +20,7 @@ def test_demo_prints_a_curl_line_that_works_and_cleans_up(start, tmp_path):
     assert status == 200
     assert json.loads(body)["data"]["name"] == "Demo Token"
     assert headers["Content-Length"] == str(len(body))
-    # The charge that it prints moves the totals, while it is serving.
+    # The charge that it prints changes the totals while it is serving.
     charge = re.search(r"usage-middleware (charge --db \S+ 1 1000)", log.read_text())[1].split()
     subprocess.run([SCRIPT, *charge], check=True, capture_output=True)
     after = json.loads(get(url, **{header: value})[2])["data"]
@@ -40,7 +38,7 @@ def test_demo_prints_a_curl_line_that_works_and_cleans_up(start, tmp_path):
     assert "ResourceWarning" not in log.read_text()
 
 
-def test_serve_stands_in_front_of_an_application(start, db, tmp_path):
+def test_serve_answers_in_front_of_an_application(start, db, tmp_path):
     (tmp_path / "legacy.py").write_text(
         "def application(environ, start_response):\n"
         "    start_response('200 OK', [('Content-Type', 'text/plain')])\n"
@@ -59,7 +57,7 @@ def test_serve_stands_in_front_of_an_application(start, db, tmp_path):
     assert status == 200
     assert headers["Access-Control-Allow-Origin"] == "https://app.example"
     assert json.loads(body)["data"]["name"] == "Alice"
-    # The operator changes a token while it is served.
+    # An operator disables the token while the service is running.
     run("update", 1, "--disable")
     assert get(url, "/quota", Authorization=f"Bearer {key}")[0] == 401
     process.send_signal(signal.SIGINT)
@@ -102,7 +100,7 @@ def test_serve_names_the_extra_that_a_limit_needs(db, monkeypatch):
     assert err == "Error: throttle needs the package limits: pip install limits\n"
 
 
-def test_a_port_in_use(db):
+def test_a_port_in_use_is_one_line(db):
     run("create")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         _, err = run("serve", "--port", taken.getsockname()[1], status=2)
@@ -114,13 +112,13 @@ def test_a_port_in_use(db):
     ("arguments", "page"),
     [
         pytest.param([], "/", id="alone"),
-        pytest.param(["--page", "/usage"], "/usage", id="where it is said"),
-        pytest.param(["--app", "legacy:application", "--page", "/usage"], "/usage", id="beside an application"),
-        pytest.param(["--app", "legacy:application"], None, id="an application has its own"),
-        pytest.param(["--path", "/"], None, id="the endpoint is there"),
+        pytest.param(["--page", "/usage"], "/usage", id="with --page"),
+        pytest.param(["--app", "legacy:application", "--page", "/usage"], "/usage", id="with --app and --page"),
+        pytest.param(["--app", "legacy:application"], None, id="not with --app alone"),
+        pytest.param(["--path", "/"], None, id="not on the path of the endpoint"),
     ],
 )
-def test_the_page(start, db, tmp_path, arguments, page):
+def test_the_page_is_served_where_the_options_say(start, db, tmp_path, arguments, page):
     (tmp_path / "legacy.py").write_text(
         "def application(environ, start_response):\n    start_response('200 OK', [])\n    return [b'']\n"
     )

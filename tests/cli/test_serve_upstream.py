@@ -1,4 +1,4 @@
-"""``serve --upstream``: the installed script, as a process in front of an HTTP service."""
+"""``serve --upstream``, run by the installed script in front of an HTTP service."""
 
 import json
 import signal
@@ -53,7 +53,7 @@ def test_metrics_have_a_port_of_their_own(start, db):
         metrics, url = match.groups()
         assert get(url, "/work", Authorization=f"Bearer {key}")[0] == 200
         assert get(url, "/work")[0] == 401
-        assert get(url, "/metrics")[0] == 401  # the service's, and metered
+        assert get(url, "/metrics")[0] == 401  # that path belongs to the service and is metered
         text = get(metrics, "/metrics")[2].decode()
     assert 'usage_requests_total{outcome="completed"} 1.0' in text
     assert 'usage_refusals_total{reason="no_key"} 2.0' in text
@@ -64,7 +64,7 @@ def test_metrics_have_a_port_of_their_own(start, db):
     assert "ResourceWarning" not in log.read_text()
 
 
-def test_a_port_of_metrics_that_is_taken(db):
+def test_a_metrics_port_in_use_is_one_line(db):
     run("create")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         _, err = run("serve", "--port", 0, "--metrics-port", taken.getsockname()[1], status=2)
@@ -81,7 +81,7 @@ def test_serve_names_the_package_that_metrics_need(db, monkeypatch):
     assert err == "Error: metrics need the package prometheus_client: pip install prometheus_client\n"
 
 
-def test_what_is_wrong_with_the_options_is_one_line(db):
+def test_an_option_that_is_missing_is_one_line(db):
     run("create")
     _, err = run("serve", "--upstream", "http://127.0.0.1:1", "--llm", status=2)
     assert err == "Error: --llm needs --reserve, the most that a request can cost\n"

@@ -1,11 +1,9 @@
-"""Times, as an operator writes and reads them."""
+"""Times as an operator writes and reads them."""
 
 import pytest
 from command import NOW
 
 from usage_middleware.cli.times import format_time, parse_expiry, parse_time
-
-# --- Times
 
 
 @pytest.mark.parametrize(
@@ -32,14 +30,14 @@ from usage_middleware.cli.times import format_time, parse_expiry, parse_time
         ("1960-01-01", 1),
     ],
 )
-def test_times_that_are_understood(text, expected):
+def test_times_are_parsed(text, expected):
     assert parse_expiry(text, NOW) == expected
 
 
 @pytest.mark.parametrize(
     ("text", "expected"), [("30d", NOW - 30 * 86400), ("0s", NOW), ("2027-01-01", 1798761600), ("100y", 1)]
 )
-def test_times_that_have_passed(text, expected):
+def test_a_duration_counts_back_for_a_past_time(text, expected):
     assert parse_time(text, NOW, past=True) == expected
 
 
@@ -61,13 +59,13 @@ def test_times_that_have_passed(text, expected):
         "+1e9",
     ],
 )
-def test_times_that_are_not(text):
+def test_what_is_not_a_time_is_refused(text):
     with pytest.raises(ValueError, match="is not a time; write 30d"):
         parse_time(text, NOW)
 
 
 @pytest.mark.parametrize("text", ["never", "0", "-1"])
-def test_never_is_not_a_time_that_has_passed(text):
+def test_never_is_not_a_past_time(text):
     with pytest.raises(ValueError, match="is not a time"):
         parse_time(text, NOW, past=True)
 
@@ -76,5 +74,5 @@ def test_never_is_not_a_time_that_has_passed(text):
     ("seconds", "expected"),
     [(0, "never"), (-1, "never"), (NOW, "2027-01-15 08:00 UTC"), (2**63 - 1, str(2**63 - 1))],
 )
-def test_times_are_shown(seconds, expected):
+def test_times_are_formatted_in_utc(seconds, expected):
     assert format_time(seconds) == expected

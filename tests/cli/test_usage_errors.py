@@ -1,4 +1,4 @@
-"""Which database a command takes, what it says of wrong input, and its help."""
+"""Which database a command uses, its errors for wrong input, and its help."""
 
 import pytest
 from command import run, run_json
@@ -91,7 +91,7 @@ WRONG = [
     ("command", "rest", "message"), [pytest.param(*case, id=" ".join(case[0] + [case[1]])) for case in WRONG]
 )
 def test_wrong_input_is_one_line_and_status_2(db, tmp_path, command, rest, message):
-    (tmp_path / "text").write_text("no database, but long enough to be read as the header of one" * 20)
+    (tmp_path / "text").write_text("not a database, but long enough to be read as the header of one" * 20)
     (tmp_path / "broken.py").write_text("1 / 0\n")
     run("create", "--key", "canary-key-of-its-holder-0001")
     before = run("list", "--json")
@@ -114,14 +114,14 @@ def test_without_a_database_the_error_names_both_ways(monkeypatch):
 # --- Help
 
 
-def test_help_without_a_command():
+def test_without_a_command_the_help_is_printed():
     out, err = run()
     assert "usage-middleware demo" in out
     assert err == ""
 
 
 @pytest.mark.parametrize("name", sorted(commands.commands))
-def test_every_command_and_every_option_explains_itself(name):
+def test_every_command_and_every_option_has_a_help_text(name):
     command = commands.commands[name]
     assert command.help
     for parameter in command.params:

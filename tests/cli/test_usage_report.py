@@ -1,4 +1,4 @@
-"""``usage``: what a token used by day and by model, for a person and for a program."""
+"""``usage``: what a token used by day and by model, as a report and as JSON."""
 
 import re
 from datetime import date, datetime, timedelta, timezone
@@ -17,7 +17,7 @@ NOTHING = {"input_tokens": 0, "output_tokens": 0}
 
 @pytest.fixture
 def days(db):
-    """Charges on three days of the past, of which the last is today."""
+    """Charge a token 40 days ago, 2 days ago and today. Return the days and the amounts."""
     now = datetime.now(timezone.utc)
     moment = now.timestamp()
     with SQLiteTokenStore(db, clock=lambda: moment) as store:
@@ -31,7 +31,7 @@ def days(db):
 
 @pytest.fixture
 def entries():
-    """The usage of a token on two days, as a store gives it."""
+    """Return a token, and its usage on two days as a store returns it."""
     with MemoryTokenStore(clock=lambda: moment.timestamp()) as store:
         moment = datetime(2026, 11, 22, 23, 59, 59, tzinfo=timezone.utc)
         key, token = store.create(total_available=10_000, name="Alice\x1b")
@@ -43,7 +43,7 @@ def entries():
         return token, store.usage_by_day(token.id, FIRST, LAST)
 
 
-def test_a_person_reads_tables_with_bars(entries):
+def test_the_report_is_two_tables_with_bars(entries):
     token, used = entries
     assert list(usage_report(token, FIRST, LAST, used)) == [
         "Token 1 'Alice\ufffd', 2026-11-01 to 2026-11-24 (UTC)",
@@ -65,7 +65,7 @@ def test_a_person_reads_tables_with_bars(entries):
     ]
 
 
-def test_a_program_reads_an_object(entries):
+def test_json_has_days_with_their_models_and_sums(entries):
     token, used = entries
     assert usage_as_object(token, FIRST, LAST, used) == {
         "id": 1,
@@ -103,14 +103,14 @@ def test_the_last_days_are_shown(days, count):
     shown = run_json("usage", 1, "--days", count)
     first, last = date.fromisoformat(shown["start_date"]), date.fromisoformat(shown["end_date"])
     assert last - first == timedelta(days=count - 1)
-    # Midnight may pass in the middle of this.
+    # It may have become midnight in the meantime.
     assert last in (days[-1][0], days[-1][0] + timedelta(days=1))
     assert [(day["date"], day["used"]) for day in shown["days"]] == [
         (str(day), used) for day, used in days if first <= day <= last
     ]
 
 
-def test_thirty_days_unless_another_number_is_named(days):
+def test_thirty_days_are_shown_by_default(days):
     lines = run("usage", 1)[0].splitlines()
     first, last = map(date.fromisoformat, re.findall(r"\d{4}-\d\d-\d\d", lines[0]))
     assert last - first == timedelta(days=29)
@@ -118,11 +118,11 @@ def test_thirty_days_unless_another_number_is_named(days):
 
 
 @pytest.mark.parametrize("count", [0, -1, 3661])
-def test_a_number_of_days_that_is_refused(days, count):
+def test_days_outside_1_to_3660_are_refused(days, count):
     assert "range" in run("usage", 1, "--days", count, status=2)[1]
 
 
-def test_a_token_that_was_not_used(db):
+def test_a_token_without_usage_is_said_to_have_none(db):
     run("create", "--name", "Alice")
     assert run("usage", 1)[0].splitlines()[1:] == ["", "Nothing was used."]
     assert run_json("usage", 1)["days"] == []

@@ -1,6 +1,6 @@
 """The command ``usage-middleware``: it manages tokens, moves quota, and serves the endpoint.
 
-Wrong input is one line on standard error and exit status 2, never a traceback.
+Wrong input prints one line on standard error and exits with status 2, never with a traceback.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _GROUPS: Final = (manage, quota, history_commands, usage_report, importing, expo
     envvar=ENVIRONMENT_VARIABLE,
     expose_value=False,
     callback=remember_database,
-    help="A file, or the URL of a database server; it may also stand behind the command.  "
+    help="A database file, or the URL of a database server. May also be given after the command.  "
     f"[env var: {ENVIRONMENT_VARIABLE}]",
 )
 @click.version_option(package_name="usage-middleware")
 @click.pass_context
 def commands(ctx: click.Context) -> None:
-    """Tokens with a quota, and the endpoint /api/usage/token that shows their holders what is left.
+    """Manage tokens and their quota, and serve the endpoint /api/usage/token, which shows their holders what is left.
 
     Try 'usage-middleware demo' first.
     """
@@ -51,7 +51,7 @@ for _group in _GROUPS:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command and end the process: with status 0, or with 2 after a line that says what is wrong."""
+    """Run the command and exit with its status, or with 2 after a line that says what is wrong."""
     for stream in (sys.stdout, sys.stderr):
         # Never fail because the terminal cannot show a character.
         if isinstance(stream, io.TextIOWrapper):
@@ -64,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> None:
         message = error.format_message()
     except (click.Abort, KeyboardInterrupt):
         message = "stopped"
-    except OSError as error:  # of help and the like; a command says itself what it cannot read or write
+    except OSError as error:  # while printing help, for example; a command reports its own
         message = f"cannot write to standard output: {error.strerror or error}"
     else:
         sys.exit(status if isinstance(status, int) else 0)
@@ -74,8 +74,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _discard_output() -> None:
-    """Drop what standard output could not take. Python would try once more as it ends, and fail with a text of its own
-    (docs.python.org/3/library/signal.html#note-on-sigpipe)."""
+    """Discard what standard output did not accept.
+
+    Otherwise Python tries again to write it at exit, fails, and prints an error of its own
+    (docs.python.org/3/library/signal.html#note-on-sigpipe).
+    """
     try:
         sys.stdout.flush()
     except (OSError, ValueError):

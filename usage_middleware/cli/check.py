@@ -21,7 +21,7 @@ from .tables import printable
 from .times import format_time
 
 _MARKS: Final = {"ok": "ok      ", "warning": "warning ", "problem": "PROBLEM "}
-_MOST_RESERVATIONS: Final = 20  # that are listed one by one
+_MOST_RESERVATIONS: Final = 20  # listed one by one; the others are only counted
 
 
 @click.command()
@@ -30,7 +30,7 @@ _MOST_RESERVATIONS: Final = 20  # that are listed one by one
 def check(as_json: bool) -> int:
     """Check a database and print one line per finding.
 
-    Exit status: 0 if nothing is wrong, warnings included; 1 with a problem; 2 if it cannot be opened at all.
+    Exit status: 0 without a problem, even if there are warnings; 1 with a problem; 2 if the database cannot be opened.
     """
     worst = 0
 
@@ -41,7 +41,7 @@ def check(as_json: bool) -> int:
             yield finding
 
     with open_to_check() as opened:
-        opened.quota_store().get_by_id(1)  # as the middleware does: what it refuses is refused here
+        opened.quota_store().get_by_id(1)  # read a token, as the middleware does, so what fails there fails here
         findings = seen(_findings(opened, time.time()))
         if as_json:
             print_json_array({"level": finding.level, "text": finding.text} for finding in findings)
@@ -57,7 +57,7 @@ def _findings(opened: Opened, now: float) -> Iterator[Finding]:
         yield ok("opens, and its tables are those of this version")
     else:
         yield warning("its tables are those of an earlier version; any service or command that writes upgrades them")
-    # A copy of an earlier version's file would say nothing of its permissions and the like.
+    # A file of an earlier version is read from a copy, which has other permissions: examine the original.
     examined = opened.original if isinstance(opened.original, QuotaStore) else store
     yield from chain(examined.health(), _tokens(store, now), _reservations(store, now))
 
@@ -83,7 +83,8 @@ def _reservations(store: QuotaStore, now: float) -> Iterator[Finding]:
         return
     yield warning(
         f"open reservations: {count:,}, of which {lapsed:,} have lapsed and hold {units:,} quota units until their "
-        "tokens are charged again; 'usage-middleware settle OPERATION AMOUNT' sets what one came to, and 0 releases it"
+        "tokens are charged again; 'usage-middleware settle OPERATION AMOUNT' settles one, and an AMOUNT of 0 releases "
+        "it"
     )
     for operation in listed:
         yield warning(

@@ -23,25 +23,29 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 ENVIRONMENT_VARIABLE: Final = "USAGE_MIDDLEWARE_DB"
 NO_TOKENS: Final = "this database has no tokens; 'usage-middleware create' makes the first"
 
-# Under these names the context keeps what --db says, and whether it was typed on the command line.
+# Keys in the context's meta: the value of --db, and whether it was typed on the command line.
 _DATABASE: Final = "usage_middleware.database"
 _IS_TYPED: Final = "usage_middleware.database_is_typed"
 
 
 class Opened(NamedTuple):
-    """A store that was opened, and what was found."""
+    """An open store, and the state of its tables."""
 
     store: QuotaStore | NewAPITokenStore
-    #: The store that ``--db`` names, if another stands for it.
+    #: The store that ``--db`` names. ``store`` is another one if this has no tables, or those of an earlier version.
+    #: ``None`` if there is no such file yet.
     original: QuotaStore | NewAPITokenStore | None
     state: TablesState
 
     def quota_store(self) -> QuotaStore:
-        """:raises click.UsageError: it is not one."""
+        """Return the store.
+
+        :raises click.UsageError: it is not a :class:`QuotaStore`.
+        """
         if not isinstance(self.store, QuotaStore):
             raise click.UsageError(
                 "this is a database of new-api, which is only read: 'usage-middleware serve' answers from it, and "
-                "'usage-middleware import' copies its tokens to a database of yours"
+                "'usage-middleware import' copies its tokens into a database of your own"
             )
         return self.store
 
@@ -55,7 +59,10 @@ def remember_database(ctx: click.Context, parameter: click.Parameter, value: str
 
 
 def typed_database() -> str | None:
-    """Return what ``--db`` says; ``None`` if the environment names the database, as it will the next time too."""
+    """Return what was typed as ``--db``, or ``None`` if the environment variable names the database.
+
+    A command that is printed for the operator needs no ``--db`` then, as the variable is still set.
+    """
     meta = click.get_current_context().meta
     return meta.get(_DATABASE) if meta.get(_IS_TYPED) else None
 
@@ -72,12 +79,12 @@ def database_option(command: _Command) -> _Command:
 
 @contextmanager
 def open_store(*, create: bool = False, read_only: bool = False, dry_run: bool = False) -> Iterator[QuotaStore]:
-    """Yield the store that ``--db`` names. What it refuses inside of the context becomes one line.
+    """Yield the store that ``--db`` names. An error of the store within the context becomes one line.
 
-    :param create: make a database, or its tables, if there are none. If it is only read, an empty store stands for
-        them.
-    :param read_only: write nothing, and need no permission to write. Only the tables of an earlier version on a server
-        are upgraded, as the next process would.
+    :param create: create the database or its tables if there are none. If nothing may be written, yield an empty store
+        in memory instead.
+    :param read_only: write nothing, and need no permission to write. The exception is a server with tables of an
+        earlier version: they are upgraded, as any other process would do.
     :param dry_run: write nothing at all.
     """
     with _in_one_line(), _open(create=create, read_only=read_only or dry_run, upgrade=not dry_run) as opened:
@@ -86,7 +93,7 @@ def open_store(*, create: bool = False, read_only: bool = False, dry_run: bool =
 
 @contextmanager
 def open_to_check() -> Iterator[Opened]:
-    """Like :func:`open_store` to read, and also yield what was found."""
+    """Open the store that ``--db`` names read-only, and yield it with the state of its tables."""
     with _in_one_line(), _open(read_only=True) as opened:
         opened.quota_store()
         yield opened
@@ -94,15 +101,15 @@ def open_to_check() -> Iterator[Opened]:
 
 @contextmanager
 def open_token_store() -> Iterator[QuotaStore | NewAPITokenStore]:
-    """Yield the store that ``--db`` names, or one that only answers."""
+    """Yield the store that ``--db`` names, also if it is new-api's, which cannot be charged."""
     with _in_one_line(), _open() as opened:
         yield opened.store
 
 
 def named_database() -> str:
-    """Return what ``--db`` or the environment says.
+    """Return the database that ``--db`` or the environment variable names.
 
-    :raises click.UsageError: neither does, or it names a store that ends with the command.
+    :raises click.UsageError: neither is given, or it is a store in memory, which would end with the command.
     """
     database = click.get_current_context().meta.get(_DATABASE)
     if not database:

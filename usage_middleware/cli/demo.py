@@ -25,11 +25,11 @@ from .stopping import stop_in_order
 @host_option
 @port_option
 def demo(host: str, port: int) -> None:
-    """Make a small database, with a few weeks of made-up use, and serve it with a page and the endpoint.
+    """Serve the endpoint and the page from a small database with a few weeks of made-up use.
 
-    The database is a temporary one and is removed when the command is stopped.
+    The database is temporary. It is removed when the command is stopped.
     """
-    # The signals come first: from here on, none of them ends the process before its folder is removed.
+    # Handle signals first: from here on, none of them ends the process before its directory is removed.
     with stop_in_order() as stop, tempfile.TemporaryDirectory(prefix="usage-middleware-") as directory:
         path = Path(directory, "tokens.db")
         clock = PastClock()
@@ -37,7 +37,7 @@ def demo(host: str, port: int) -> None:
             key, _ = store.create(
                 name="Demo Token", total_available=1_000_000, model_limits={"gpt-4o-mini": 500_000, "gpt-4o": True}
             )
-            # As if it had been in use: the documented example has these totals.
+            # Pretend that it has been in use. The totals are those of the documented example.
             use(store, clock, key, 12_345)
             unlimited, _ = store.create(name="Unlimited Token", unlimited_quota=True)
             expired, _ = store.create(name="Expired Token", total_available=5000, expires_at=int(time.time()) - 86400)
@@ -50,12 +50,12 @@ def demo(host: str, port: int) -> None:
                 for title, shown in (("", key), ("unlimited", unlimited), ("expired", expired)):
                     comment = f"  # {title}" if title else ""
                     echo(f"  curl -H 'Authorization: Bearer {shown}' {url}/api/usage/token{comment}")
-                echo("\nSend a request that is charged, a quota unit for each character, and ask again:\n")
+                echo("\nSend a request that costs a quota unit for each character, and ask again:\n")
                 echo(f"  curl -H 'Authorization: Bearer {key}' -d hello {url}/shout")
                 echo("\nCharge it from another shell and ask again, or look at all tokens:\n")
                 echo(f"  {program()} charge --db {database} 1 1000")
                 echo(f"  {program()} list --db {database}\n")
-                echo("Ctrl-C stops the demonstration and removes its database.")
+                echo("Press Ctrl-C to stop the demonstration and remove its database.")
 
             if not stop.is_requested:
                 service = DispatcherMiddleware(NotFound(), {"/shout": sample_service(store)})

@@ -1,4 +1,4 @@
-"""How tokens and operations are written for a person and for a program."""
+"""Tokens and operations as text for a person, and as objects for JSON."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..tokens import Token, token_state
 from .tables import bar, pad, printable, table, width
 from .times import format_time
 
-# A key where people paste it although it does not belong there. In a word such as "disk-1" it is not one, and "sk-"
-# with nothing behind it but a quotation mark is this package's own text.
+# Match a key that was pasted where it does not belong. "disk-1" is a word and not a key, and "sk-" followed only by a
+# quotation mark comes from this package's own messages.
 _KEY: Final = re.compile(rf"(?<![A-Za-z]){KEY_PREFIX}(?=[!-~]*[0-9A-Za-z])[!-~]+")
 
 OPERATION_STATES: Final = ("open", "lapsed", "final")
@@ -25,19 +25,19 @@ _RIGHT: Final = frozenset(("ID", "AVAILABLE", "USED", "GRANTED", "AMOUNT", "HELD
 
 
 def operation_state(operation: Operation, now: float) -> Literal["open", "lapsed", "final"]:
-    """Return whether an operation is final, and if not, whether its time has passed."""
+    """Return whether an operation is ``"open"``, ``"lapsed"`` (a reservation whose time has passed) or ``"final"``."""
     if not operation.is_open:
         return "final"
     return "lapsed" if operation.has_lapsed(now) else "open"
 
 
 def without_keys(text: str) -> str:
-    """Return ``text`` without what looks like a key."""
+    """Replace everything that looks like a key by ``sk-…``."""
     return _KEY.sub(f"{KEY_PREFIX}…", text)
 
 
 def as_object(token: Token) -> dict[str, Any]:
-    """Return the token for a program: every field that it has, and their sum."""
+    """Return the token for JSON: all its fields, and ``total_granted``."""
     fields = {field.name: getattr(token, field.name) for field in dataclasses.fields(token)}
     return {
         "id": token.id,
@@ -49,14 +49,14 @@ def as_object(token: Token) -> dict[str, Any]:
 
 
 def operation_as_object(operation: Operation) -> dict[str, Any]:
-    """Return an operation for a program."""
+    """Return the operation for JSON."""
     return dataclasses.asdict(operation)
 
 
 def describe(token: Token, now: float, model_usage: Mapping[str, int] | None = None) -> Iterator[str]:
-    """Yield lines that show a person all about one token.
+    """Yield the lines that describe one token.
 
-    :param model_usage: what each model has used. If it is left out, models are listed with their limits alone.
+    :param model_usage: what each model has used. Without it, only the limits of the models are shown.
     """
     for label, value in (
         ("Token", str(token.id)),
@@ -69,7 +69,7 @@ def describe(token: Token, now: float, model_usage: Mapping[str, int] | None = N
         ("Held", f"{token.held:,} by open reservations; part of what is used" if token.held else ""),
         ("Renews", _renewal(token)),
         ("Expires", format_time(token.expires_at)),
-        ("Created", format_time(token.created_at, unset="at a time that is not known")),
+        ("Created", format_time(token.created_at, unset="unknown")),
         ("Models", _models_in_short(token)),
     ):
         if value or label == "Name":
@@ -133,11 +133,11 @@ def _available(token: Token) -> str:
 def _renewal(token: Token) -> str:
     if not token.renewal:
         return ""
-    return f"{token.renewal}, with {token.renewal_quota:,}; the next time {format_time(token.renews_at)}"
+    return f"{token.renewal}, {token.renewal_quota:,} quota units; next on {format_time(token.renews_at)}"
 
 
 def _used(used: int, limit: int | None) -> str:
-    """Return how much is used, and of a limit a bar that shows it at a glance."""
+    """Return how much is used; with a limit, also a bar and a percentage."""
     if limit is None:
         return f"{used:,}"
     percent = f"{used * 100 // limit} %" if limit > 0 else "none left"

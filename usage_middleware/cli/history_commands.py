@@ -1,4 +1,4 @@
-"""The commands that look back on operations, and that forget them."""
+"""The commands that list operations and delete old ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .manage import find_token
 from .printing import advise, print_json_array, print_lines, say
 from .times import format_time
 
-# A client that lost an answer may try again for so long. Younger operations are forgotten only if that is confirmed.
+# How long a client that lost an answer may retry. Operations that are younger are deleted only if that is confirmed.
 _RETRIES: Final = 86400
 
 
@@ -28,18 +28,18 @@ _RETRIES: Final = 86400
 @click.option(
     "--state",
     type=click.Choice(formats.OPERATION_STATES),
-    help="Only reservations that are open, or whose time has passed; or only what is final.",
+    help="Only open reservations, only those whose time has passed, or only what is final.",
 )
-@time_option("--since", "Only operations that were made then or later: 90d, 12h, 2027-01-01, …")
-@time_option("--until", "Only operations that were made before.")
+@time_option("--since", "Only operations that were made at this time or later: 90d, 12h, 2027-01-01, …")
+@time_option("--until", "Only operations that were made before this time.")
 @limit_option
 @json_option
 def history(
     token_id: int, as_json: bool, limit: int | None, state: str | None, since: int | None, until: int | None
 ) -> None:
-    """List the operations of a token, the newest first.
+    """List the operations of a token, newest first.
 
-    AMOUNT is what an operation came to, HELD what a charge still holds after refunds.
+    AMOUNT is what an operation came to. HELD is what a charge still holds after its refunds.
     """
     now = time.time()
 
@@ -68,34 +68,34 @@ def history(
     required=True,
     help="How old: 90d, 12h, 2027-01-01, '2027-01-01 18:30' (UTC), or Unix seconds.",
 )
-@click.option("--dry-run", is_flag=True, help="Count what would be forgotten, and forget nothing.")
+@click.option("--dry-run", is_flag=True, help="Count what would be deleted, and delete nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def prune(before: int, dry_run: bool, yes: bool) -> None:
-    """Forget finished operations that are older than a time.
+    """Delete finished operations that are older than a time.
 
-    No total changes, and usage by day stays. What is forgotten cannot be refunded any more, and a call that repeats it
-    counts again: keep more than the time in which a client may try again. At a terminal it asks first.
+    Totals and usage by day stay as they are. A deleted operation cannot be refunded any more, and a call that repeats
+    it is charged again: keep operations for longer than a client may retry. At a terminal, the command asks first.
     """
     now = time.time()
     when = format_time(before)
     if before > now:
-        raise click.UsageError(f"{when} lies in the future; name a time that has passed")
+        raise click.UsageError(f"{when} is in the future; name a time in the past")
     with open_store(dry_run=dry_run) as store:
         if dry_run:
-            say(f"Would forget {_operations(store.count_finished(before))} from before {when}.")
+            say(f"Would delete {_operations(store.count_finished(before))} from before {when}.")
             return
         if not yes:
             if sys.stdin.isatty():
                 count = _operations(store.count_finished(before))
-                click.confirm(f"Forget {count} from before {when} for good?", abort=True, err=True)
+                click.confirm(f"Delete {count} from before {when} for good?", abort=True, err=True)
             elif now - before < _RETRIES:
                 raise click.UsageError(
-                    "clients may still repeat what is less than a day old, and would be charged again; "
-                    "add --yes to forget it all the same"
+                    "clients may still repeat operations that are less than a day old, and would be charged again; "
+                    "add --yes to delete them anyway"
                 )
-        with advise("What is not forgotten yet is forgotten by the same command"):
+        with advise("Run the same command again to delete the rest"):
             count = _operations(store.prune(before))
-    say(f"Forgot {count} from before {when}.")
+    say(f"Deleted {count} from before {when}.")
 
 
 def _operations(count: int) -> str:

@@ -50,7 +50,7 @@ _model_limit_option = click.option(
     metavar="MODEL[=QUOTA]",
     type=_model_limit,
     multiple=True,
-    help="A model that may be used, and the most quota units for it. Repeatable.",
+    help="A model that may be used, and the most quota units that it may use. Repeatable.",
 )
 _expires_option = click.option(
     "--expires",
@@ -64,12 +64,15 @@ _renew_option = click.option(
     "--renew",
     "renewal",
     type=_PERIODS,
-    help="Begin with the quota again each day, week (on Monday) or month, at midnight UTC.",
+    help="Renew the quota each day, week (on Monday) or month, at midnight UTC.",
 )
 
 
 def find_token(store: QuotaStore, token_id: int) -> Token:
-    """:raises TokenNotFound: there is no token of that id."""
+    """Return the token with that id.
+
+    :raises TokenNotFound: there is none.
+    """
     token = store.get_by_id(token_id)
     if token is None:
         raise TokenNotFound(f"there is no token {token_id}")
@@ -87,11 +90,13 @@ def find_token(store: QuotaStore, token_id: int) -> Token:
     default=0,
     help="Quota units to grant; with --renew, those that each period begins with.",
 )
-@click.option("--unlimited", "--unlimited-quota", "unlimited_quota", is_flag=True, help="Refuse nothing for quota.")
+@click.option(
+    "--unlimited", "--unlimited-quota", "unlimited_quota", is_flag=True, help="Refuse no charge for lack of quota."
+)
 @_renew_option
 @_model_limit_option
 @_expires_option
-@click.option("--key", help="A key that its holder has already; '-' reads it from standard input.")
+@click.option("--key", help="Use a key that its holder already has; '-' reads it from standard input.")
 @json_option
 def create(
     as_json: bool,
@@ -100,10 +105,10 @@ def create(
     renewal: str | None,
     **fields: Any,
 ) -> None:
-    """Create a token and print its key, this once.
+    """Create a token and print its key, only this once.
 
-    The key stands alone on standard output; it is not kept and cannot be shown again. The database is made if it
-    is not there.
+    The key stands alone on standard output. It is not stored and cannot be shown again. If there is no database, it is
+    created.
     """
     if key is not None:
         key = _checked(line_of_standard_input("a key") if key == "-" else key)
@@ -113,9 +118,9 @@ def create(
         fields.update(renewal=renewal, renewal_quota=fields["total_available"])
     fields["expires_at"] = fields["expires_at"] or 0
     with open_store(create=True) as store:
-        with advise("If 'usage-middleware list' shows the token all the same, delete it: its key is lost"):
+        with advise("If 'usage-middleware list' shows the token anyway, delete it: its key is lost"):
             new_key, token = store.create(key=key, model_limits=dict(model_limits), **fields)
-        with committed(f"token {token.id} was made; 'usage-middleware rotate {token.id}' gives it a new key"):
+        with committed(f"token {token.id} was created; 'usage-middleware rotate {token.id}' gives it a new key"):
             print_key(new_key, token, as_json)
 
 
@@ -135,9 +140,9 @@ def _checked(key: str) -> str:
 @click.command("list")
 @database_option
 @click.option("--state", type=click.Choice(TOKEN_STATES), help="Only tokens in this state.")
-@click.option("--name", help="Only tokens whose name has this text in it; case does not matter.")
-@time_option("--since", "Only tokens that were made then or later: 90d, 2027-01-01, …")
-@time_option("--until", "Only tokens that were made before.")
+@click.option("--name", help="Only tokens whose name contains this text; case does not matter.")
+@time_option("--since", "Only tokens that were created at this time or later: 90d, 2027-01-01, …")
+@time_option("--until", "Only tokens that were created before this time.")
 @limit_option
 @json_option
 def list_tokens(
@@ -182,7 +187,7 @@ def show(token_id: int, as_json: bool) -> None:
 def _points_to_grant(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
     if value is not None:
         raise click.UsageError(
-            "'usage-middleware grant ID AMOUNT' changes the quota of a token, and a negative AMOUNT takes back; "
+            "'usage-middleware grant ID AMOUNT' changes the quota of a token, and a negative AMOUNT takes quota back; "
             "--renewal-quota changes what each period begins with"
         )
 
@@ -191,12 +196,12 @@ def _points_to_grant(ctx: click.Context, _: click.Parameter, value: str | None) 
 @database_option
 @token_id_argument
 @click.option("--name", help="What the holder sees as the token's name.")
-@click.option("--unlimited/--limited", "unlimited_quota", default=None, help="Whether nothing is refused for quota.")
+@click.option("--unlimited/--limited", "unlimited_quota", default=None, help="Whether quota is without limit.")
 @_renew_option
 @click.option("--renewal-quota", type=SOME_UNITS, help="What each period begins with, from the next one on.")
-@click.option("--no-renewal", is_flag=True, help="Let the quota stay as it is.")
+@click.option("--no-renewal", is_flag=True, help="Stop renewing the quota.")
 @_model_limit_option
-@click.option("--no-model-limits", is_flag=True, help="Take all model limits away.")
+@click.option("--no-model-limits", is_flag=True, help="Remove all model limits.")
 @click.option(
     "--model-limits-enabled/--model-limits-disabled",
     "model_limits_enabled",
@@ -217,7 +222,7 @@ def update(
 ) -> None:
     """Change a token.
 
-    What is not named stays. Model limits replace those that the token had, and are enabled.
+    Fields whose options are not given stay as they are. Model limits replace those that the token had, and are enabled.
     """
     if model_limits and no_model_limits:
         raise click.UsageError("--model-limit and --no-model-limits exclude each other")
@@ -231,7 +236,7 @@ def update(
         changes["renewal"] = ""
     if not changes:
         raise click.UsageError(
-            "nothing to change; name what is to change, as in --name NEW; 'usage-middleware update --help' lists all"
+            "nothing to change; add an option such as --name NEW; 'usage-middleware update --help' lists all of them"
         )
     with open_store() as store:
         _check_renewal(store, token_id, changes)
@@ -243,7 +248,7 @@ def update(
 
 
 def _check_renewal(store: QuotaStore, token_id: int, changes: dict[str, Any]) -> None:
-    """Check that a period has a quota to begin with, and a quota a period."""
+    """Check that a token which renews gets both a period and a quota."""
     if changes.get("renewal") and not changes.get("renewal_quota", find_token(store, token_id).renewal_quota):
         raise click.UsageError("--renew needs --renewal-quota: the quota units that each period begins with")
     if "renewal_quota" in changes and not changes.get("renewal", find_token(store, token_id).renewal):
@@ -255,13 +260,13 @@ def _check_renewal(store: QuotaStore, token_id: int, changes: dict[str, Any]) ->
 @token_id_argument
 @json_option
 def rotate(token_id: int, as_json: bool) -> None:
-    """Give a token a new key, and print it, this once.
+    """Give a token a new key and print it, only this once.
 
-    The old key stops at once and never returns.
+    The old key stops working at once, and can never be used again.
     """
     with open_store() as store:
         token = find_token(store, token_id)
-        with advise(f"To be sure which key token {token_id} has, run the same command again: the newest key works"):
+        with advise(f"To be sure which key token {token_id} has, run the same command again: only the newest works"):
             key = store.rotate(token_id)
         with committed(f"token {token_id} has a new key, which is lost; run the same command again for another"):
             print_key(key, replace(token, hint=key_hint(strip_prefix(key))), as_json)
@@ -274,13 +279,13 @@ def rotate(token_id: int, as_json: bool) -> None:
 def delete(token_id: int, yes: bool) -> None:
     """Delete a token.
 
-    Its key stops at once and never returns. At a terminal it asks first.
+    Its key stops working at once, and can never be used again. At a terminal, the command asks first.
     """
     with open_store() as store:
         token = find_token(store, token_id)
         if not yes and sys.stdin.isatty():
             click.confirm(f"Delete token {token_id} ({printable(token.name)!r}) for good?", abort=True)
-        with advise(f"To be sure that it is deleted, run the same command again, until there is no token {token_id}"):
+        with advise(f"Run the same command again, until it says that there is no token {token_id}"):
             store.delete(token_id)
     say(f"Deleted token {token_id}.")
 

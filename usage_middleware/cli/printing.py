@@ -1,7 +1,7 @@
-"""What a command prints, also if it cannot: a result on standard output, all else on standard error.
+"""Printing: results on standard output, everything else on standard error.
 
-What a store has committed is printed first and from what the call returned, without another look at the database. If
-even that fails, the error says what was done.
+After a commit, the result is printed at once, from what the call returned and without reading the database again. If
+it cannot be printed, the error says what was committed.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def echo(text: str) -> None:
     try:
         click.echo(text)
     except OSError as error:
-        if error.errno == errno.EPIPE:  # click ends quietly if the reader has gone
+        if error.errno == errno.EPIPE:  # the reader has closed the pipe: click exits quietly
             raise
         raise _CannotPrint(error) from None
 
 
 def say(text: object) -> None:
-    """Print a line for a person on standard error. If nothing can be written there, no one could read why."""
+    """Print a line for a person on standard error. Ignore a failure: there is nowhere left to report it."""
     with suppress(OSError):
         click.echo(text, err=True)
 
@@ -52,7 +52,7 @@ def print_json(value: Any) -> None:
 
 
 def print_json_array(objects: Iterable[Any]) -> None:
-    """Print a JSON array, each object on a line of its own as it comes."""
+    """Print a JSON array, one object on each line, without collecting them first."""
     line = None
     for item in objects:
         if line is not None:
@@ -63,9 +63,9 @@ def print_json_array(objects: Iterable[Any]) -> None:
 
 @contextmanager
 def committed(what: str) -> Iterator[None]:
-    """Say what was committed, if it cannot be printed within the context.
+    """If the result cannot be printed within the context, raise an error that says what was committed.
 
-    :param what: a sentence without its full stop, and what the operator can do about the missing output.
+    :param what: a sentence without its full stop. It also says how to get what was not printed.
     """
     try:
         yield
@@ -76,7 +76,7 @@ def committed(what: str) -> Iterator[None]:
 
 @contextmanager
 def advise(advice: str) -> Iterator[None]:
-    """If a call fails or is interrupted, add what to do: its connection may have been lost just after it was committed.
+    """If a call fails or is interrupted, add advice to the error: the call may have been committed all the same.
 
     :param advice: a sentence without its full stop.
     """
@@ -89,15 +89,15 @@ def advise(advice: str) -> Iterator[None]:
 
 
 def repeatable(*words: object) -> AbstractContextManager[None]:
-    """If a call fails or is interrupted, print the command that repeats it without a second effect.
+    """If a call fails or is interrupted, print a command that repeats it and cannot take effect twice.
 
     :param words: the command's name, arguments and options. A key among them is given as ``KEY``.
     """
-    return advise(f"This makes sure that it is done, and only once: {command(*words)}")
+    return advise(f"To make sure that it is done, and only once, run: {command(*words)}")
 
 
 def command(*words: object) -> str:
-    """Return a command of this program as a shell takes it, from whichever directory."""
+    """Return a command line of this program, quoted for a shell, that works in any directory."""
     database = typed_database()
     options = [] if database is None else ["--db", _shown(database)]
     return " ".join([program(), *(shlex.quote(str(word)) for word in (*words, *options))])
@@ -106,18 +106,18 @@ def command(*words: object) -> str:
 def _shown(database: str) -> str:
     if "://" not in database:
         return os.path.abspath(database)
-    # What may hold a password is not shown.
+    # Do not show a URL that may hold a password.
     return "DATABASE" if "@" in database or "?" in database else database
 
 
 def program() -> str:
-    """Return the path of this program, quoted for a shell; its name if it was not started as a program."""
+    """Return the path of this program, quoted for a shell; only its name if it was not started by its script."""
     path = os.path.abspath(sys.argv[0])
     return shlex.quote(path) if os.path.basename(path) == _NAME and os.access(path, os.X_OK) else _NAME
 
 
 def print_key(key: str, token: Token, as_json: bool) -> None:
-    """Print a new key, this once: alone on standard output, so that a script can take it."""
+    """Print a new key alone on standard output, so that a script can read it."""
     if as_json:
         print_json({"key": key, **formats.as_object(token)})
         return
@@ -128,10 +128,10 @@ def print_key(key: str, token: Token, as_json: bool) -> None:
 def print_token(
     token: Token, as_json: bool, model_usage: Mapping[str, int] | None = None, *, idempotency_key: str | None = None
 ) -> None:
-    """Print what is known of a token.
+    """Print a token.
 
     :param model_usage: what each model has used, if that is known.
-    :param idempotency_key: of the call that returned the token, for programs.
+    :param idempotency_key: of the call that returned the token. It is printed as JSON only.
     """
     if as_json:
         more = {"model_usage": model_usage, "idempotency_key": idempotency_key}

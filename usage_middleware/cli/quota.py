@@ -1,7 +1,7 @@
 """The commands that move quota.
 
-Each has an idempotency key, if its operator names none a new one: if the connection is lost in COMMIT, the outcome is
-unknown, and the command that is printed then makes sure of it.
+Each call has an idempotency key, a new one if the operator gives none. If the connection is lost during COMMIT, the
+outcome is unknown, and the command prints how to repeat the call with the same key.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .printing import committed, print_token, repeatable
 _STANDARD_INPUT = "-"
 
 
-# A negative amount is not an option.
+# click would take a negative amount for an option.
 @click.command(context_settings={"ignore_unknown_options": True})
 @database_option
 @token_id_argument
@@ -29,7 +29,7 @@ _STANDARD_INPUT = "-"
 def grant(token_id: int, amount: int, idempotency_key: str | None, as_json: bool) -> None:
     """Grant a token more quota units.
 
-    A negative AMOUNT takes back what is available, never more.
+    A negative AMOUNT takes quota back, but no more than is available.
     """
     key = idempotency_key or _new_key()
     with open_store() as store:
@@ -43,8 +43,8 @@ def grant(token_id: int, amount: int, idempotency_key: str | None, as_json: bool
 @database_option
 @click.argument("token", metavar="ID|KEY")
 @click.argument("amount", type=UNITS)
-@click.option("--model", help="The model that is charged for.")
-@click.option("--input-tokens", type=UNITS, default=0, help="How many tokens it read; for usage by day.")
+@click.option("--model", help="The model that was used.")
+@click.option("--input-tokens", type=UNITS, default=0, help="How many tokens the model read; for usage by day.")
 @click.option("--output-tokens", type=UNITS, default=0, help="How many tokens it wrote; for usage by day.")
 @idempotency_key_option("charge")
 @json_option
@@ -59,7 +59,7 @@ def charge(
 ) -> None:
     """Charge a token, named by its id or its key.
 
-    A KEY begins with sk-; '-' reads it from standard input, where no other user of the machine sees it.
+    A KEY begins with sk-. '-' reads it from standard input, where other users of the machine cannot see it.
     """
     key = idempotency_key or _new_key()
     shown = token if token.isdecimal() or token == _STANDARD_INPUT else "KEY"
@@ -90,12 +90,12 @@ def charge(
 @click.option("--output-tokens", type=UNITS, default=0, help="How many tokens it wrote; for usage by day.")
 @json_option
 def settle(operation_id: str, amount: int, input_tokens: int, output_tokens: int, as_json: bool) -> None:
-    """Settle a reservation with the AMOUNT that it came to; 0 releases it.
+    """Settle a reservation with its final AMOUNT; 0 releases it.
 
     OPERATION is what 'history' shows in its last column; 'check' lists the reservations whose time has passed.
     """
     with open_store() as store:
-        # It needs no idempotency key: the same one changes nothing when it is repeated.
+        # It needs no idempotency key: to settle again with the same amount changes nothing.
         options = _words(input_tokens=input_tokens, output_tokens=output_tokens)
         with repeatable("settle", *options, operation_id, amount):
             token = store.settle(operation_id, amount, input_tokens=input_tokens, output_tokens=output_tokens)
@@ -112,20 +112,19 @@ def settle(operation_id: str, amount: int, input_tokens: int, output_tokens: int
 def refund(operation_id: str, amount: int | None, idempotency_key: str | None, as_json: bool) -> None:
     """Refund a charge, or a part of it.
 
-    OPERATION is what 'history' shows in its last column. Without an AMOUNT, all that is left of the charge is given
-    back.
+    OPERATION is what 'history' shows in its last column. Without an AMOUNT, all that is left of the charge is refunded.
     """
     key = idempotency_key or _new_key()
     with open_store() as store:
         with repeatable("refund", "--idempotency-key", key, operation_id, *([] if amount is None else [amount])):
             token = store.refund(operation_id, amount, idempotency_key=key)
-        what = "all that was left" if amount is None else f"{amount:,} quota units"
-        with committed(f"{what} of operation {operation_id} was given back, with the idempotency key {key}"):
+        what = "all that was left of it" if amount is None else f"{amount:,} quota units"
+        with committed(f"operation {operation_id} was refunded: {what}, with the idempotency key {key}"):
             print_token(token, as_json, idempotency_key=key)
 
 
 def _words(**options: object) -> list[object]:
-    """Return the options of a command that are not left out."""
+    """Return options as words of a command line. Leave out those that have no value or 0."""
     given = ((f"--{name.replace('_', '-')}", value) for name, value in options.items() if value)
     return [word for option in given for word in option]
 

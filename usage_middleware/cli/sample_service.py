@@ -1,4 +1,4 @@
-"""A small service for the demonstration, which the meter charges."""
+"""A small service for the demonstration, charged by the meter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_CHARACTERS: Final = 1000
 
 
 def sample_service(store: QuotaStore) -> UsageMeter:
-    """Return a service that answers in capitals, and costs a quota unit for each character."""
+    """Return a service that answers in capitals and costs a quota unit for each character."""
     return UsageMeter(_shout, store, cost=_MOST_CHARACTERS, model="gpt-4o-mini")
 
 

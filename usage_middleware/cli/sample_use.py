@@ -1,4 +1,4 @@
-"""Made-up use for the demonstration: a few weeks of it, by several models, so that there is something to see."""
+"""Made-up use for the demonstration: a few weeks of charges for several models, so that there is something to see."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..stores.base import QuotaStore
 
 _DAYS: Final = 45
 _DAY: Final = 86_400
-_MODELS: Final = (("gpt-4o", 5), ("gpt-4o-mini", 3))  # with how much each is used
-_ON_A_WEEKEND: Final = 0.25  # of what is used on another day
+_MODELS: Final = (("gpt-4o", 5), ("gpt-4o-mini", 3))  # and how much each is used, relative to the others
+_ON_A_WEEKEND: Final = 0.25  # of what is used on a weekday
 
 
 class PastClock:
     """A store's clock that can be turned back."""
 
     def __init__(self) -> None:
-        #: How many seconds ago it is.
+        #: How many seconds it is turned back.
         self.seconds = 0.0
 
     def __call__(self) -> float:
@@ -44,7 +44,7 @@ def use(store: QuotaStore, clock: PastClock, key: str, units: int) -> None:
 
 
 def _charges(dice: random.Random) -> Iterator[tuple[float, str, float]]:
-    """Yield charges from the oldest on: how many seconds ago, for which model, and their share of the whole."""
+    """Yield charges, oldest first: how many seconds ago, for which model, and their share of the whole."""
     now = time.time()
     for days_ago in range(_DAYS - 1, -1, -1):
         seconds_ago = days_ago * _DAY

@@ -25,7 +25,11 @@ _PORT: Final = 8000
 
 host_option = click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 port_option = click.option(
-    "--port", type=click.IntRange(0, 65535), default=_PORT, show_default=True, help="The port; 0 takes a free one."
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=_PORT,
+    show_default=True,
+    help="The port to listen on; 0 takes a free one.",
 )
 
 
@@ -35,20 +39,22 @@ port_option = click.option(
 @port_option
 @service_options
 @click.option(
-    "--metrics-port", type=click.IntRange(0, 65535), help="A port of its own for Prometheus; see also --metrics-path."
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    help="Serve metrics for Prometheus on a port of their own; see also --metrics-path.",
 )
 def serve(host: str, port: int, metrics_port: int | None, **values: Any) -> None:
-    """Serve the endpoint, alone or in front of an application or an HTTP service, and charge for requests to these.
+    """Serve the endpoint, alone or in front of an application or an HTTP service, and charge requests to these.
 
     Alone, it also answers new-api's other endpoints: without them, some clients show nothing.
 
-    With --upstream, each request needs a key and is charged; with --app, if --cost, --cost-header or --llm says what.
-    The endpoint is free.
+    With --upstream, each request needs a key and is charged. With --app, this is so if --cost, --cost-header or --llm
+    is given. The endpoint is always free.
 
-    A database of new-api is served as it is, and not written to.
+    A database of new-api is served as it is and never written to.
 
-    For a small service, and for trying things out; a busy one belongs under a WSGI server. The same options make an
-    application for it:
+    This server is for small services and for trying things out. Run a busy service under a WSGI server, which takes the
+    same options:
 
     \b
       gunicorn "usage_middleware.wsgi:application('--db tokens.db --upstream …')"
@@ -57,9 +63,9 @@ def serve(host: str, port: int, metrics_port: int | None, **values: Any) -> None
     with stop_in_order() as stop, open_token_store() as store:
         metrics = None if metrics_port is None else make_metrics(store)
         application = build(store, options, metrics)
-        store.get("-")  # a database that cannot be used is reported now, not to the first client
+        store.get("-")  # report a database that cannot be used now, not to the first client
         if not isinstance(store, QuotaStore):
-            say("This is a database of new-api: it is served as it is, and not written to.")
+            say("This is a database of new-api: it is served as it is and never written to.")
         page = page_path(options)
 
         def ready(url: str) -> None:
@@ -73,7 +79,7 @@ def serve(host: str, port: int, metrics_port: int | None, **values: Any) -> None
 
 @contextmanager
 def _exposed(metrics: Metrics | None, host: str, port: int | None) -> Iterator[None]:
-    """Answer Prometheus at a port, in a thread, within the context."""
+    """Serve metrics for Prometheus on their own port, in a thread, within the context."""
     if metrics is None or port is None:
         yield
         return
@@ -95,7 +101,7 @@ def _exposed(metrics: Metrics | None, host: str, port: int | None) -> Iterator[N
 
 
 def listen(application: WSGIApplication, host: str, port: int, ready: Callable[[str], None], stop: Stop) -> None:
-    """Serve until ``stop`` is requested. If the address cannot be had, that becomes one line."""
+    """Serve until ``stop`` is requested. An address that cannot be used becomes one line."""
     try:
         server.serve(application, host, port, ready, stop)
     except server.CannotListen as error:

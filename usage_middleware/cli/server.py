@@ -1,4 +1,4 @@
-"""A small HTTP server for the command line: werkzeug's, with log lines that can hold no key."""
+"""A small HTTP server for the command line: werkzeug's, with log lines that never contain a key."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ class CannotListen(Exception):
 
 class _RequestHandler(WSGIRequestHandler):
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        # Without the query, which may hold a key although it should not, and without the size, which says nothing.
+        # Leave out the query, which may contain a key although it should not, and the size, which is never known here.
         path = getattr(self, "path", "").partition("?")[0]
         method = self.command or "-"
         say(f'{self.address_string()} "{without_keys(printable(f"{method} {path}"))}" {int(code)}')
 
     def log_error(self, *_: Any) -> None:
-        # The arguments quote what could not be understood, which may be a key in the wrong place.
+        # The arguments quote what could not be parsed, which may be a key in the wrong place.
         say(f"{self.address_string()} sent a request that is not HTTP")
 
 
 def serve(application: WSGIApplication, host: str, port: int, ready: Callable[[str], None], stop: Stop) -> None:
     """Serve until ``stop`` is requested.
 
-    :param ready: is called with the server's URL when requests are taken.
-    :raises CannotListen: the address cannot be had; the message says why, and does not name it again.
+    :param ready: called with the server's URL once requests are accepted.
+    :raises CannotListen: the address cannot be used. The message says why, without the address.
     """
     with _listener(host, port) as listener:
         port = listener.getsockname()[1]
@@ -48,7 +48,7 @@ def serve(application: WSGIApplication, host: str, port: int, ready: Callable[[s
     shown = f"[{host}]" if ":" in host else host
     try:
         ready(f"http://{shown}:{port}")
-        # If it was requested meanwhile, the loop below ends at its first look.
+        # If a stop was requested meanwhile, the loop below ends at its first check.
         stop.call(server.shutdown)
         server.serve_forever()
     finally:
@@ -60,7 +60,7 @@ def _listener(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=select_address_family(host, port))
     except OSError as error:
-        # Python adds the address to the system's text. A name that cannot be resolved has numbers of its own.
+        # Python adds the address to the system's text. A name that cannot be resolved has an errno of another kind.
         if error.errno is None or isinstance(error, socket.gaierror):
             raise CannotListen(error.strerror or str(error)) from None
         raise CannotListen(os.strerror(error.errno)) from None

@@ -1,4 +1,4 @@
-"""Being stopped by a signal: a command ends in order, and leaves nothing behind."""
+"""Stop a command by a signal so that it cleans up before it ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SIGNALS: Final = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", 
 
 
 class Stop:
-    """Whether a signal has asked the process to stop, and what is to be done then."""
+    """Whether a signal has asked the process to stop, and what to call when it does."""
 
     def __init__(self) -> None:
         self.is_requested = False
@@ -31,8 +31,8 @@ class Stop:
             self._start()
 
     def _start(self) -> None:
-        # In another thread: an action may wait for the loop that this one is in. To raise an exception instead would
-        # not do, as it is lost if Python is in a finalizer.
+        # Use another thread: an action may wait for the loop that this one runs. Raising an exception instead is not
+        # safe: Python discards it if it is raised in a finalizer.
         assert self._action is not None
         threading.Thread(target=self._action, daemon=True).start()
 
@@ -41,7 +41,7 @@ class Stop:
 def stop_in_order() -> Iterator[Stop]:
     """Let signals set :attr:`Stop.is_requested` within the context, instead of ending the process.
 
-    To be called by the main thread.
+    Only the main thread may call this.
     """
     stop = Stop()
     with _handlers(stop._receive):
@@ -50,7 +50,7 @@ def stop_in_order() -> Iterator[Stop]:
 
 @contextmanager
 def interrupt_in_order() -> Iterator[None]:
-    """Let every such signal do what Ctrl-C does, so that temporary files are removed and what was done is printed."""
+    """Let SIGTERM and SIGHUP do what Ctrl-C does, so that temporary files are removed and what was done is printed."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -66,7 +66,7 @@ def interrupt_in_order() -> Iterator[None]:
 def _handlers(handler: Callable[..., Any]) -> Iterator[None]:
     before = {}
     for number in _SIGNALS:
-        # nohup has a hangup ignored, which is meant to stay.
+        # nohup ignores SIGHUP, and it must stay ignored.
         if number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN:
             continue
         before[number] = signal.signal(number, handler)
@@ -74,5 +74,5 @@ def _handlers(handler: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         for number, former in before.items():
-            # None stands for a handler that was not installed by Python, and cannot be installed again from here.
+            # None means that the handler was not installed from Python. It cannot be restored from here.
             signal.signal(number, signal.SIG_DFL if former is None else former)

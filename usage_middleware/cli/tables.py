@@ -14,9 +14,9 @@ _SAMPLE: Final = 1000  # rows that decide how wide a column is
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collection[str] = ()) -> Iterator[str]:
     """Yield the lines of a table, under a line of headings.
 
-    Rows are taken as they come, never all at once: the first ones decide how wide a column is.
+    Rows are never all collected in memory: the first ones decide how wide a column is.
 
-    :param right: the headings of columns whose cells are aligned at their right.
+    :param right: the headings of columns that are aligned to the right.
     """
     rows = iter(rows)
     sample = list(islice(rows, _SAMPLE))
@@ -29,7 +29,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, right: Coll
 
 
 def pad(text: str, size: int, *, right: bool = False) -> str:
-    """Return ``text`` with blanks that make it ``size`` columns wide."""
+    """Pad ``text`` with spaces to a width of ``size`` columns."""
     padding = " " * (size - width(text))
     return padding + text if right else text + padding
 
@@ -47,5 +47,5 @@ def bar(value: int, whole: int) -> str:
 
 
 def printable(text: str) -> str:
-    """Return ``text`` without characters that would act on a terminal instead of being shown by it."""
+    """Replace characters that would control a terminal instead of being shown by it."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)

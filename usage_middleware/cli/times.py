@@ -9,22 +9,22 @@ from typing import Final
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 * 86400}
 _DURATION: Final = re.compile(r"([0-9]+)\s*([smhdwy])", re.IGNORECASE)
 _INTEGER: Final = re.compile(r"-?[0-9]+")
-# A smaller number is rather a person's "30" than a second of the last century.
+# A smaller number is more likely "30d" without its unit than a time before September 2001.
 _SMALLEST_TIME: Final = 10**9
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 
 def parse_expiry(text: str, now: float) -> int:
-    """Return Unix seconds of a time to come, as :func:`parse_time` reads it; ``never``, 0 and -1 are 0."""
+    """Parse a time as :func:`parse_time` does. ``never``, ``0`` and ``-1`` are 0."""
     return 0 if text.strip().lower() in ("never", "0", "-1") else parse_time(text, now)
 
 
 def parse_time(text: str, now: float, *, past: bool = False) -> int:
-    """Return Unix seconds of a time as a person writes it: ``30d``, ``2027-01-01``, ``2027-01-01 18:30``.
+    """Parse a time such as ``30d``, ``2027-01-01`` or ``2027-01-01 18:30``, and return Unix seconds.
 
-    A time without a zone is UTC. Unix seconds are taken as they are.
+    A time without a zone is UTC. Unix seconds are returned as they are.
 
-    :param past: a duration such as ``30d`` is counted back.
+    :param past: count a duration such as ``30d`` back from ``now``.
     :raises ValueError: the text is not a time; the message says what is.
     """
     text = text.strip()
@@ -44,7 +44,7 @@ def parse_time(text: str, now: float, *, past: bool = False) -> int:
         ) from None
     if time.tzinfo is None:
         time = time.replace(tzinfo=timezone.utc)
-    # Subtraction is exact where the float of timestamp() need not be.
+    # Subtraction is exact; the float that timestamp() returns may not be.
     return max((time - _EPOCH) // timedelta(seconds=1), 1)
 
 

@@ -39,7 +39,7 @@ _Figures = dict[str, int]
 def usage(token_id: int, days: int, as_json: bool) -> None:
     """Show what a token used by day and by model.
 
-    A charge counts on the day on which it was made, and so does what is refunded of it.
+    A charge counts on the day on which it was made, and a refund on the day of its charge.
     """
     last = datetime.now(timezone.utc).date()
     first = last - timedelta(days=days - 1)
@@ -53,7 +53,7 @@ def usage(token_id: int, days: int, as_json: bool) -> None:
 
 
 def usage_as_object(token: Token, first: date, last: date, entries: Sequence[DayUsage]) -> dict[str, Any]:
-    """Return the usage of a token for a program."""
+    """Return the usage of a token for JSON."""
     return {
         "id": token.id,
         "start_date": first.isoformat(),
@@ -86,7 +86,7 @@ def _rows_by_day(entries: Sequence[DayUsage]) -> Iterator[Sequence[str]]:
     most = max(_used(of_day) for _, of_day in days)
     for day, of_day in days:
         yield _row(str(day), _sum(of_day), most)
-        # A single one that has no name would only repeat the line above.
+        # A single line without a model would only repeat the line above.
         if len(of_day) > 1 or of_day[0].model:
             for entry in sorted(of_day, key=lambda entry: -entry.used):
                 yield _row(f"  {_shown(entry.model)}", _sum([entry]), most)

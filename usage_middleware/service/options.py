@@ -1,4 +1,4 @@
-"""The options of a service: the endpoint, the application or the HTTP service behind it, and what requests cost."""
+"""The options of a service: for the endpoint, the application or HTTP service behind it, and what requests cost."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class ServiceOptions:
 
 
 def price(text: str) -> int | Fraction:
-    """Return the quota units for a token: ``3``, or ``150/M`` for 150 units per million tokens."""
+    """Parse a price in quota units: ``3`` for each token, or ``150/M`` for each million tokens."""
     number, separator, million = text.partition("/")
     if not (number.isascii() and number.isdigit()) or int(number) > MAX_INTEGER or (separator and million != "M"):
-        raise click.BadParameter(f"{text!r} is not a price; write 3, or 150/M for each million tokens")
+        raise click.BadParameter(f"{text!r} is not a price; write 3 for each token, or 150/M for each million tokens")
     return Fraction(int(number), 1_000_000) if separator else int(number)
 
 
@@ -63,7 +63,7 @@ _BEHIND: Final = (
         "upstream_headers",
         metavar="'NAME: ${VARIABLE}'",
         multiple=True,
-        help="A header for the service, with a secret from the environment. Repeatable.",
+        help="A header to send to the service, with a secret from the environment. Repeatable.",
     ),
     click.option(
         "--upstream-timeout",
@@ -71,17 +71,19 @@ _BEHIND: Final = (
         type=click.FloatRange(0, min_open=True),
         help="How long the service may be silent.  [default: 300]",
     ),
-    click.option("--keep-key", is_flag=True, help="Send the service the key of its caller.  [default: keep it here]"),
+    click.option(
+        "--keep-key", is_flag=True, help="Send the caller's key on to the service.  [default: remove it from requests]"
+    ),
 )
 _METER: Final = (
     click.option(
         "--cost",
         metavar="UNITS",
         type=_UNITS,
-        help="Charge each request so many quota units.  [default: 1 with --upstream; with --app, nothing]",
+        help="Charge this many quota units for each request.  [default: 1 with --upstream; with --app, nothing]",
     ),
     click.option("--cost-header", metavar="NAME", help="Charge what the answer states in this header."),
-    click.option("--llm", is_flag=True, help="Charge the tokens that an LLM service says it used."),
+    click.option("--llm", is_flag=True, help="Charge the tokens that the answer of an LLM service states."),
     click.option(
         "--reserve",
         metavar="UNITS",
@@ -89,10 +91,10 @@ _METER: Final = (
         help="The most that a request can cost; needed with --cost-header and --llm.",
     ),
     click.option(
-        "--input-price", metavar="UNITS", type=price, help="For a token of a request: 3, or 150/M.  [default: 1]"
+        "--input-price", metavar="UNITS", type=price, help="The price of an input token: 3, or 150/M.  [default: 1]"
     ),
     click.option(
-        "--output-price", metavar="UNITS", type=price, help="For a token of an answer: 3, or 150/M.  [default: 1]"
+        "--output-price", metavar="UNITS", type=price, help="The price of an output token: 3, or 150/M.  [default: 1]"
     ),
     click.option(
         "--exempt", metavar="PREFIX", multiple=True, help="Paths that are free, such as /static/. Repeatable."
@@ -100,20 +102,24 @@ _METER: Final = (
     click.option(
         "--metrics-path",
         metavar="PATH",
-        help="Where Prometheus finds metrics, such as /metrics. Needs no key: keep it from the internet.",
+        help="Where Prometheus finds metrics, such as /metrics. It needs no key: keep it from the internet.",
     ),
 )
 _ENDPOINT: Final = (
-    click.option("--path", default=_PATH, show_default=True, help="The path to answer."),
+    click.option("--path", default=_PATH, show_default=True, help="The path of the endpoint."),
     click.option(
         "--page",
         metavar="PATH",
         help="Where a page shows the holder of a key what is left.  [default: / without --app and --upstream]",
     ),
     click.option(
-        "--allow-origin", "origins", metavar="ORIGIN", multiple=True, help="A web origin that may ask. Repeatable."
+        "--allow-origin",
+        "origins",
+        metavar="ORIGIN",
+        multiple=True,
+        help="A web origin whose pages may ask. Repeatable.",
     ),
-    click.option("--no-cors", is_flag=True, help="Let no web page ask.  [default: any may]"),
+    click.option("--no-cors", is_flag=True, help="Let no web page of another origin ask.  [default: any may]"),
     click.option(
         "--throttle", metavar="LIMIT", help="How often one client may send a wrong key, such as '20 per 20 minutes'."
     ),
@@ -128,7 +134,7 @@ _NEW_API: Final = (
         "--new-api/--no-new-api",
         "with_new_api",
         default=None,
-        help="Answer what clients of new-api ask beside the path.  [default: unless there is an --app or --upstream]",
+        help="Also answer new-api's other endpoints.  [default: unless there is an --app or --upstream]",
     ),
     click.option(
         "--quota-per-unit",

@@ -1,4 +1,4 @@
-"""``export``, round trips, and what is shown while either runs."""
+"""``export``, round trips through ``import``, their progress bars, and their memory."""
 
 import gc
 import io
@@ -21,7 +21,7 @@ from usage_middleware.cli.transfer.records import read_csv, read_json_lines, wri
 
 
 def fill(store):
-    """Every kind of token; returns the keys."""
+    """Create every kind of token, and return the keys."""
     keys = {}
 
     def create(name, **fields):
@@ -50,7 +50,7 @@ def fill(store):
     return keys
 
 
-# A store of another database belongs here too.
+# Stores of other databases could be added here.
 STORES = [
     pytest.param(lambda path: MemoryTokenStore(), id="memory"),
     pytest.param(lambda path: SQLiteTokenStore(path / "other.db"), id="SQLite"),
@@ -75,7 +75,7 @@ def test_a_round_trip_loses_nothing(tmp_path, make_source, make_target, write):
         keys = fill(source)
         text, read = write(source.records())
         records = [record for _, record, _ in read(io.StringIO(text, newline=""), NOW)]
-        target.create()  # its ids are other ones
+        target.create()  # so that its ids differ
         target.restore(records)
         target.delete(1)
         assert [strip_id(record) for record in target.records()] == [strip_id(record) for record in source.records()]
@@ -97,7 +97,7 @@ def strip_id(record):
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.jsonl", "tokens.db", "sqlite:///tokens.db"])
-def test_from_one_database_to_another(run, db, name):
+def test_import_copies_all_tokens_once_from_files_and_databases(run, db, name):
     with SQLiteTokenStore(db) as store:
         fill(store)
         expected = [strip_id(record) for record in store.records()]
@@ -105,7 +105,7 @@ def test_from_one_database_to_another(run, db, name):
         out, err = run("export", "--output", name)
         assert (out, err) == (b"", f"13 exported to {name}.\n")
         assert db.with_name(name).stat().st_mode & 0o777 == 0o600
-        # On standard output it is the same.
+        # Standard output gets the same.
         assert run("export", "--format", name.partition(".")[2]) == (db.with_name(name).read_bytes(), "13 exported.\n")
     for summary in ("13 imported, 0 already there, 0 bad.\n", "0 imported, 13 already there, 0 bad.\n"):
         assert run("import", "--db", "second.db", name) == (b"", summary)
@@ -116,7 +116,7 @@ def test_from_one_database_to_another(run, db, name):
 # --- export
 
 
-def test_an_export_is_a_new_file_or_none(run, db):
+def test_an_export_never_replaces_a_file_and_leaves_no_part_of_one(run, db):
     with SQLiteTokenStore(db) as store:
         store.create()
     path = db.with_name("out.csv")
@@ -132,7 +132,7 @@ def test_an_export_is_a_new_file_or_none(run, db):
     assert not list(db.parent.glob(".*"))
 
 
-def test_an_export_holds_the_digest_and_no_key(run, db):
+def test_an_export_has_the_digest_and_no_key(run, db):
     with SQLiteTokenStore(db) as store:
         store.create(key=KEY, name="\u4ee4\u724c")
     out, _ = run("export")
@@ -143,7 +143,7 @@ def test_an_export_holds_the_digest_and_no_key(run, db):
     assert "\u4ee4\u724c".encode() in out
 
 
-def test_a_reader_that_stops_reading(db):
+def test_an_export_to_a_closed_pipe_ends_quietly(db):
     with SQLiteTokenStore(db) as store:
         store.restore([record for _, record, _ in read_csv(lines(5000), NOW)])
     process = subprocess.Popen([SCRIPT, "export"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -154,7 +154,7 @@ def test_a_reader_that_stops_reading(db):
     assert process.returncode == 1
 
 
-def test_a_full_disk_is_one_line(db):
+def test_an_export_to_a_full_disk_is_one_line(db):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
     with SQLiteTokenStore(db) as store:
@@ -165,7 +165,7 @@ def test_a_full_disk_is_one_line(db):
     assert done.returncode == 2
 
 
-# --- How it goes
+# --- Progress and memory
 
 
 def terminal(*args):
@@ -180,7 +180,7 @@ def terminal(*args):
         while True:
             try:
                 part = terminal.read(10_000)
-            except OSError:  # Linux says so at the end
+            except OSError:  # Linux raises it at the end
                 break
             if not part:
                 break
@@ -188,7 +188,7 @@ def terminal(*args):
     return shown.decode()
 
 
-def test_a_bar_is_shown_at_a_terminal(db):
+def test_a_progress_bar_is_shown_at_a_terminal(db):
     text = list(lines(2000))
     text[10] = "sk-canary,x,many\n"
     db.with_name("t.csv").write_text("".join(text))
@@ -205,7 +205,7 @@ def test_a_bar_is_shown_at_a_terminal(db):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(run, db, monkeypatch, full):
-    """A part of the rows takes as much memory as all of them, if it is more than two pages of a store's tokens."""
+    """A third of the rows takes as much memory as all of them, as it is more than two pages of a store's tokens."""
     monkeypatch.setattr("usage_middleware.cli.transfer.importing.BATCH", 300)
     count = 100_000 if full else 6000
     peaks = []
@@ -226,5 +226,5 @@ def test_memory_does_not_grow_with_the_rows(run, db, monkeypatch, full):
             finally:
                 tracemalloc.stop()
         peaks.append(peak)
-    # Three times the rows. What Python has not collected yet differs from run to run.
+    # There are three times as many rows. What Python has not collected yet differs from run to run.
     assert peaks[1] < peaks[0] * 1.5

@@ -1,4 +1,4 @@
-"""``import``, as an operator types it: with real files, databases and processes."""
+"""``import`` with real files, databases and processes."""
 
 import re
 import signal
@@ -35,8 +35,8 @@ def test_bad_rows_are_reported_by_the_line_on_which_they_begin(run, db):
         b"sk-the-key-of-holder-eight,last,8"
     )
     assert run("import", "t.csv", status=1)[1] == (
-        "line 6: total_available must be a whole number, of digits alone\n"
-        "line 8: total_available must be a whole number, of digits alone\n"
+        "line 6: total_available must be a whole number, written in digits only\n"
+        "line 8: total_available must be a whole number, written in digits only\n"
         "line 11: name is not UTF-8 text\n"
         "line 12: has 2 fields where the header has 3\n"
         "line 13: has 4 fields where the header has 3\n"
@@ -46,7 +46,7 @@ def test_bad_rows_are_reported_by_the_line_on_which_they_begin(run, db):
     assert [(token.name, token.total_available) for token in tokens(db)] == [("two\nlines\n", 5), ("last", 8)]
 
 
-def test_json_lines(run, db):
+def test_bad_json_lines_are_reported_by_their_line(run, db):
     db.with_name("t.ndjson").write_bytes(
         b'\xef\xbb\xbf{"key": "the-key-of-holder-one", "total_used": 1}\r\n\n'
         b'{"key": "the-key-of-holder-two", "name": "caf\xe9"}\n{"key": "sk-the-key-of-holder-one"}\n'
@@ -71,7 +71,7 @@ def test_json_lines(run, db):
         ),
     ],
 )
-def test_a_huge_line_is_bad_and_never_in_memory(run, db, name, row):
+def test_a_huge_line_is_bad_and_is_never_held_in_memory(run, db, name, row):
     first, last = (
         (b"key,name\n", b"the-key-of-holder-three,c\n")
         if name == "t.csv"
@@ -93,13 +93,17 @@ REFUSED = [
     ("t.csv", "sk-canary,Alice,5\n", "its first line must name the columns"),
     ("t.csv", "key;name;total_available\n", "separated by ';'"),
     ("t.csv", "key\tname\n", r"separated by '\t'"),
-    ("t.csv", "key,total_avilable\n", "unknown column 'total_avilable'; known are key, digest, name,"),
+    ("t.csv", "key,total_avilable\n", "unknown column 'total_avilable'; the known ones are key, digest, name,"),
     ("t.csv", "key,Name\n", "unknown column 'Name'"),
     ("t.csv", "key,name,key\n", "the column 'key' twice"),
     ("t.csv", '"key\n', "the first line is not CSV"),
     ("t.csv", "\udcff\udcfek\0e\0y\0\n\0", "first line"),
     ("t.jsonl", '[{"key": "canary"}]', "it is a JSON array"),
-    ("t.txt", "key\ncanary\n", "it is not known what it holds; a file is read if its name ends with .csv, .jsonl"),
+    (
+        "t.txt",
+        "key\ncanary\n",
+        "its format is not known; name an SQLite database or a file that ends with .csv, .jsonl",
+    ),
     ("folder", None, "Is a directory"),
     ("missing.csv", None, "No such file or directory"),
     ("-", None, "--format"),
@@ -111,7 +115,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("name", "text", "message"), REFUSED)
-def test_what_cannot_be_read_is_refused_before_anything_is_made(run, db, name, text, message):
+def test_what_cannot_be_read_is_refused_before_a_database_is_created(run, db, name, text, message):
     db.with_name("folder").mkdir()
     with closing(sqlite3.connect(db.with_name("foreign.db"))) as connection:
         connection.execute("CREATE TABLE tokens (a)")
@@ -126,17 +130,17 @@ def test_what_cannot_be_read_is_refused_before_anything_is_made(run, db, name, t
 
 
 @pytest.mark.parametrize(("name", "text"), [("t.csv", "key,name\n"), ("t.jsonl", ""), ("t.jsonl", "\n\n")])
-def test_a_file_without_tokens(run, db, name, text):
+def test_a_file_without_tokens_imports_none(run, db, name, text):
     db.with_name(name).write_text(text)
     assert run("import", name) == (b"", "0 imported, 0 already there, 0 bad.\n")
 
 
-def test_format_overrides_the_name(run, db):
+def test_format_overrides_the_file_extension(run, db):
     db.with_name("t.csv").write_text('{"key": "the-key-of-holder-one"}\n')
     assert "1 imported" in run("import", "--format", "jsonl", "t.csv")[1]
 
 
-def test_standard_input(db):
+def test_import_reads_standard_input(db):
     done = subprocess.run(
         [SCRIPT, "import", "--format", "csv", "-"],
         input=b"key,name\nthe-key-of-holder-one,caf\xc3\xa9\n",
@@ -158,7 +162,7 @@ def test_a_deleted_or_rotated_key_is_not_imported_again(run, db):
     assert run("import", "t.csv")[1] == "1 imported, 2 already there, 0 bad.\n"
 
 
-def test_an_existing_token_is_left_alone(run, db):
+def test_an_existing_token_stays_as_it_is(run, db):
     db.with_name("t.csv").write_text("key,name,total_available\nthe-key-of-holder-one,First,5\n")
     run("import", "t.csv")
     before = tokens(db)
@@ -192,7 +196,7 @@ def test_a_dry_run_needs_no_lock(run, db):
     db.with_name("t.csv").write_text("key\nthe-key-of-holder-one\nthe-key-of-holder-two\n")
     with SQLiteTokenStore(db) as store:
         store.create(key="the-key-of-holder-one")
-        with another_process(db, "BEGIN IMMEDIATE"):  # somebody is busy
+        with another_process(db, "BEGIN IMMEDIATE"):  # another process has the write lock
             assert "1 would be imported, 1 already there" in run("import", "--dry-run", "t.csv")[1]
 
 
@@ -200,7 +204,7 @@ def test_a_dry_run_needs_no_lock(run, db):
 
 
 def wait_for_tokens(path, process):
-    """Waits until an import has committed something; returns how many tokens are there."""
+    """Wait until an import has committed something, and return how many tokens there are."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         assert process.poll() is None, "it ended before it could be stopped"
@@ -209,7 +213,7 @@ def wait_for_tokens(path, process):
                 try:
                     if count := store.count():
                         return count
-                except Exception:  # its tables are being made
+                except Exception:  # its tables are being created
                     pass
         time.sleep(0.005)
     raise AssertionError("nothing was imported")
@@ -227,7 +231,7 @@ def test_the_same_command_continues_a_stopped_import(run, db, kill):
     command = [SCRIPT, "import", "--format", "csv", "-"]
 
     def heed_interrupts():
-        # A shell lets its background jobs, such as this test run, ignore them, and their children inherit that.
+        # A shell makes its background jobs ignore SIGINT. If the tests are such a job, child processes inherit that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     with (
@@ -235,7 +239,7 @@ def test_the_same_command_continues_a_stopped_import(run, db, kill):
         ThreadPoolExecutor(1) as feeder,
     ):
         try:
-            # There is no end to what it reads, so it is stopped in the middle of a batch.
+            # Its input has no end, so it is stopped in the middle of a batch.
             feeder.submit(feed, process.stdin, lines(10**9))
             assert wait_for_tokens(db, process) % 10_000 == 0
             process.send_signal(kill)
@@ -250,14 +254,14 @@ def test_the_same_command_continues_a_stopped_import(run, db, kill):
         assert process.returncode == 2
         told, stopped = err.splitlines()
         assert re.fullmatch(r"\d0,000 imported, 0 already there, 0 bad\.", told)
-        assert stopped == "Error: stopped; the same command continues from there"
+        assert stopped == "Error: stopped; run the same command again to continue"
     assert run("import", "t.csv")[1] == f"{count - there:,} imported, {there:,} already there, 0 bad.\n"
     assert [(token.name, token.total_available) for token in tokens(db)] == [
         (f"Token {number}", number) for number in range(count)
     ]
 
 
-def test_a_database_that_fails_in_the_middle(run, db, monkeypatch):
+def test_a_database_that_fails_in_the_middle_keeps_whole_batches(run, db, monkeypatch):
     monkeypatch.setattr("usage_middleware.cli.transfer.importing.BATCH", 10)
     db.with_name("t.csv").write_text("".join(lines(25)))
     with SQLiteTokenStore(db) as store:

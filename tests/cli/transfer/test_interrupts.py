@@ -1,4 +1,4 @@
-"""A command that is stopped from outside, and one whose server dies while it commits."""
+"""Commands that are stopped by a signal, and one whose server dies while it commits."""
 
 import os
 import re
@@ -15,7 +15,7 @@ STOPPED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 @pytest.fixture
 def stopped_at(tmp_path):
-    """Run the script until it does something that Python audits, and send it a signal then; return its errors."""
+    """Run the script, send it a signal at an audit event, and return its standard error."""
     hook = tmp_path / "hook"
     hook.mkdir()
 
@@ -52,10 +52,10 @@ sys.addaudithook(stop)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", STOPPED, ids=lambda number: number.name)
-def test_a_charge_that_is_stopped_says_how_to_make_sure(db, stopped_at, number):
+def test_a_stopped_charge_prints_a_command_that_makes_sure(db, stopped_at, number):
     run("create", "--quota", 100)
     err = stopped_at(number, "sqlite3.connect", "mode=rw", "charge", 1, 5)
-    (repeat,) = re.findall(r"^Error: stopped\. This makes sure that it is done, and only once: (.*)\n$", err)
+    (repeat,) = re.findall(r"^Error: stopped\. To make sure that it is done, and only once, run: (.*)\n$", err)
     for _ in range(2):
         subprocess.run(repeat, shell=True, check=True, capture_output=True)
         assert run_json("show", 1)["total_used"] == 5
@@ -76,13 +76,13 @@ def test_a_dry_run_that_is_stopped_leaves_no_folder(db, stopped_at, tmp_path, mo
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     err = stopped_at(number, "sqlite3.connect", "mode=rw", "import", "--dry-run", "--format", "csv", "-")
-    assert err.endswith("Error: stopped; the same command continues from there\n")
+    assert err.endswith("Error: stopped; run the same command again to continue\n")
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
 @pytest.mark.servers
-def test_a_server_that_dies_in_commit(database, monkeypatch):
-    """PostgreSQL alone: MySQL has no trigger that runs at the end of a transaction."""
+def test_after_a_server_dies_in_commit_the_printed_command_charges_once(database, monkeypatch):
+    """Only PostgreSQL has triggers that run at the end of a transaction."""
     if database.is_mysql:
         pytest.skip("MySQL has no deferred triggers")
     monkeypatch.setenv("USAGE_MIDDLEWARE_DB", database.url)
@@ -90,7 +90,7 @@ def test_a_server_that_dies_in_commit(database, monkeypatch):
     token_id = run_json("list")[0]["id"]
     with failing(database, DIE, 1, deferred=True):
         _, err = run("charge", token_id, 5, status=2)
-        repeat = shlex.split(re.findall(r"This makes sure that it is done, and only once: (.*)\n", err)[0])
+        repeat = shlex.split(re.findall(r"To make sure that it is done, and only once, run: (.*)\n", err)[0])
         assert run_json("show", token_id)["total_used"] == 0
         for _ in range(2):
             run(*repeat[1:])

@@ -1,4 +1,4 @@
-"""What is exported comes back as it was, whatever text and numbers a token has; and nothing of a file is unbounded."""
+"""An export is read back unchanged, whatever text and numbers a token has, and memory stays bounded for any file."""
 
 import io
 import subprocess
@@ -26,7 +26,7 @@ from usage_middleware.usage import DayUsage
 MOST = 2**63 - 1
 FORMATS = {"csv": (write_csv, read_csv), "jsonl": (write_json_lines, read_json_lines)}
 
-# Any text that a store takes: no NUL, nothing that is not UTF-8.
+# Any text that a store accepts: without NUL, and valid as UTF-8.
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
 lines_and_quotes = st.text(st.sampled_from("\r\n\",;\t\ufeff\u2028\x85\x1c '=a"), max_size=8)
 names = texts | lines_and_quotes
@@ -71,7 +71,7 @@ records = st.builds(
 
 
 def through_a_file(records, format_name, path):
-    """The rows that ``import`` reads from the file that ``export`` writes, with all that a file does to a text."""
+    """Write records to a file as ``export`` does, and return the rows that ``import`` reads from it."""
     write, _ = FORMATS[format_name]
     path.write_bytes("".join(write(records)).encode())
     with open_source(str(path), format_name) as source:
@@ -88,15 +88,15 @@ def test_any_token_comes_back(tmp_path_factory, format_name, written):
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
-def test_a_carriage_return_stays_one(tmp_path, format_name):
+def test_a_carriage_return_comes_back(tmp_path, format_name):
     token = Token(name="a\rb", model_limits={"m\r": 5}, model_limits_enabled=True)
     written = [TokenRecord(token=token, digest=bytes(32), model_usage={"\r": 1})]
     assert [row.content for row in through_a_file(written, format_name, tmp_path / "t")] == written
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
-def test_as_many_limits_and_days_as_a_token_has(tmp_path, format_name):
-    """More than the 131,072 characters that the csv module takes of itself."""
+def test_ten_thousand_limits_and_days_come_back(tmp_path, format_name):
+    """They take more than 131,072 characters, the default limit of the csv module."""
     token = Token(model_limits={f"model {number}": number for number in range(10_000)}, model_limits_enabled=True)
     first = date(2026, 1, 1).toordinal()
     days = tuple(DayUsage(date.fromordinal(first + n // 30), f"model {n % 30}", n, 1, 2, 3) for n in range(10_000))
@@ -115,7 +115,7 @@ def test_an_export_that_import_could_not_read_is_refused(run, db):
     with SQLiteTokenStore(db) as store:
         store.restore([small, replace(large, days=days)])
     _, err = run("export", "--output", "t.jsonl", status=2)
-    assert "the usage by day of token 2 takes more than the 4,194,304 characters of a line" in err
+    assert "the usage by day of token 2 takes more than 4,194,304 characters, the most that a line may have" in err
     assert not db.with_name("t.jsonl").exists()
     assert "2 imported" in run("import", "--db", "other.db", db)[1]
 
@@ -127,16 +127,16 @@ def rows_of(text):
     return [(row.number, row.content) for row in read_csv(io.StringIO(text, newline=""), NOW)]
 
 
-def test_a_row_of_several_lines_is_bounded_as_one_line_is():
+def test_a_row_of_several_lines_is_bounded_like_one_line():
     long = "x" * (LINE_LIMIT // 4)
     text = f'key,name\nthe-key-of-one,"{long}\n{long}\n{long}\n{long}\nthe-key-of-two,b\nthe-key-of-three,c\n'
     (number, bad), *others = rows_of(text)
     assert (number, str(bad)) == (2, "is longer than 4,194,304 characters; a quotation mark may be missing")
-    # It stops at the line that is too much, and goes on with the next.
+    # The row ends at the line that makes it too long. The next line begins a new row.
     assert [(number, record.token.name) for number, record in others] == [(6, "b"), (7, "c")]
 
 
-def test_a_line_that_is_too_long_does_not_take_the_next_one_along():
+def test_the_line_after_one_that_is_too_long_is_read():
     text = "key,name\nthe-key-of-holder-one," + '"' * LINE_LIMIT + "\nthe-key-of-holder-two,b\n"
     (number, bad), (last, record) = rows_of(text)
     assert (number, last, record.token.name) == (2, 3, "b")
@@ -166,8 +166,8 @@ PARTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
-def test_a_huge_field_takes_no_memory(tmp_path, part, full):
-    """Measured from outside, in a process of its own: the peak of one that imports two small rows is some 35 MB."""
+def test_a_huge_field_is_never_held_in_memory(tmp_path, part, full):
+    """Measure the peak memory of a process from outside. It is about 35 MB if it imports two small rows."""
     megabytes = 480 if full else 160
     text, times = PARTS[part]
     with (tmp_path / "t.csv").open("wb") as file:

@@ -1,4 +1,4 @@
-"""What one row of a file of tokens means."""
+"""How one row of a file of tokens is read."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from usage_middleware.keys import key_digest
 
 
 def read_cell(**cells):
-    """The record of one CSV row."""
+    """Return the record of one CSV row, or raise the reason why it is bad."""
     row = ",".join('"' + text.replace('"', '""') + '"' for text in cells.values())
     text = ",".join(cells) + "\n" + row + "\n"
     ((_, record, _),) = read_csv(io.StringIO(text, newline=""), NOW)
@@ -25,7 +25,7 @@ def read_cell(**cells):
 
 
 def read_object(**fields):
-    """The record of one JSON line."""
+    """Return the record of one JSON line, or raise the reason why it is bad."""
     ((_, record, _),) = read_json_lines([json.dumps(fields) + "\n"], NOW)
     if isinstance(record, Exception):
         raise record
@@ -81,7 +81,7 @@ def test_what_a_field_of_json_means(field, given, value):
 
 
 @pytest.mark.parametrize("read", [read_cell, read_object])
-def test_a_key_and_its_digest_say_the_same(read):
+def test_a_key_and_its_digest_make_the_same_record(read):
     expected = read(key=KEY)
     assert expected.digest == key_digest(KEY)
     assert expected.token.hint == "0001"
@@ -92,14 +92,14 @@ def test_a_key_and_its_digest_say_the_same(read):
     assert DIGEST not in repr(expected)
 
 
-def test_limits_are_enabled_where_they_are_given():
+def test_limits_are_enabled_if_they_are_given():
     assert read_cell(key=KEY, model_limits="a").token.model_limits_enabled
     assert not read_cell(key=KEY, model_limits="a", model_limits_enabled="no").token.model_limits_enabled
     assert not read_cell(key=KEY, model_limits="").token.model_limits_enabled
     assert read_cell(key=KEY, model_limits="", model_limits_enabled="yes").token.model_limits_enabled
 
 
-def test_total_granted_stands_for_total_available_or_agrees_with_it():
+def test_total_granted_gives_total_available_or_must_agree_with_it():
     assert read_cell(key=KEY, total_granted="100", total_used="30").token.total_available == 70
     assert read_cell(key=KEY, total_granted="100", total_used="130").token.total_available == -30
     assert read_object(key=KEY, total_granted=100, total_used=30, total_available=70).token.total_granted == 100
@@ -107,7 +107,7 @@ def test_total_granted_stands_for_total_available_or_agrees_with_it():
         read_object(key=KEY, total_granted=100, total_used=30, total_available=100)
 
 
-def test_the_number_of_another_store_is_ignored():
+def test_the_id_in_another_store_is_ignored():
     assert read_cell(key=KEY, id="what ever").token.id is None
     assert read_object(key=KEY, id=[5]).token.id is None
 
@@ -124,7 +124,7 @@ BAD_CELLS = [
     ("name", "\udcff", "name is not UTF-8"),
     ("enabled", "on", "enabled must be true or false"),
     ("unlimited_quota", "2", "unlimited_quota must be true or false"),
-    ("model_limits", "a,,b", "model_limits must have models that are names"),
+    ("model_limits", "a,,b", "model_limits must not have a model without a name"),
     ("model_limits", "{", "model_limits is not JSON"),
     ("model_limits", '{"a": 1.5}', "model_limits must have 0 to"),
     ("model_limits", '{"a": -1}', "model_limits must have 0 to"),
@@ -151,12 +151,12 @@ BAD_CELLS = [
 @pytest.mark.parametrize(("field", "text", "reason"), BAD_CELLS)
 def test_a_bad_cell_is_named_and_not_shown(field, text, reason):
     if sys.version_info < (3, 11) and "\0" in text:
-        reason = "NUL"  # said by the csv module
+        reason = "NUL"  # the message of the csv module
     with pytest.raises(ValueError, match=re.escape(reason)) as caught:
         read_cell(**{"key": KEY, "enabled": "no", field: text})
     assert "canary" not in str(caught.value)
     assert field in str(caught.value) or "\0" in text
-    # The text of a cell may be a key that stands in the wrong column.
+    # The text of a cell may be a key in the wrong column.
     with pytest.raises(ValueError, match=field if sys.version_info >= (3, 11) else "NUL") as caught:
         read_cell(**{"key": "other-key", field: "sk-canary, canary canary canary canary canary\0"})
     assert "canary" not in str(caught.value)
@@ -178,7 +178,7 @@ BAD_OBJECTS = [
     ("model_limits", ["a"], "model_limits must be a JSON object"),
     ("model_limits", "a", "model_limits must be a JSON object"),
     ("model_limits", {"\ud800": 1}, "model_limits is not UTF-8"),
-    ("model_usage", {"": 1}, "model_usage must have models"),
+    ("model_usage", {"": 1}, "model_usage must not have a model without a name"),
     ("expires_at", 1.5, "expires_at must be a whole number"),
     ("expires_at", True, "expires_at must be a whole number"),
     ("total_used", -1, "total_used must not be negative"),
@@ -215,7 +215,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize(("line", "reason"), [pytest.param(*case, id=case[0][:30]) for case in BAD_LINES])
-def test_a_line_that_is_not_a_token(line, reason):
+def test_a_line_that_is_not_a_token_is_a_bad_row(line, reason):
     rows = list(read_json_lines(['{"key": "one"}\n', line + "\n", "\n", '{"key": "two"}'], NOW))
     assert [number for number, _, _ in rows] == [1, 2, 4]
     assert isinstance(rows[1][1], ValueError)

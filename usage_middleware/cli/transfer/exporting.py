@@ -34,14 +34,14 @@ _STEP: Final = 1000  # tokens between two moves of the bar
     "--format",
     "format_name",
     type=click.Choice(list(FORMATS)),
-    help="What to write.  [default: what the name of --output says, or jsonl]",
+    help="The format to write.  [default: that of the file extension of --output, or jsonl]",
 )
-@click.option("--output", metavar="FILE", help="Where to write to, a new file.  [default: standard output]")
+@click.option("--output", metavar="FILE", help="The file to write, which must not exist.  [default: standard output]")
 def export(format_name: str | None, output: str | None) -> None:
-    """Export all tokens, as 'import' takes them.
+    """Export all tokens in a format that 'import' reads.
 
-    An export holds digests and no keys: in the store that imports it, the holders' keys work as before. Usage by day
-    and model goes along. What open reservations hold counts as used, and the history stays behind.
+    An export contains digests and no keys. In the store that imports it, the holders' keys work as before. Usage by day
+    and by model is exported too, the history is not. What open reservations hold is exported as used.
     """
     format_name = format_name or (format_of(output) if output else "jsonl")
     if format_name is None:
@@ -54,11 +54,11 @@ def export(format_name: str | None, output: str | None) -> None:
                 with _new_file(Path(output)) as file, Progress("Exporting", store.count) as progress:
                     count = _write(store, format_name, file, progress)
             else:
-                # No bar: at a terminal the tokens themselves show how it goes.
+                # No bar: at a terminal, the tokens themselves show the progress.
                 with Progress("", lambda: None) as progress:
                     count = _write(store, format_name, sys.stdout.buffer, progress)
     except OSError as error:
-        if error.errno == errno.EPIPE:  # click ends quietly if the reader has gone
+        if error.errno == errno.EPIPE:  # the reader has closed the pipe: click exits quietly
             raise
         raise click.ClickException(f"cannot write {output or 'to standard output'}: {_text_of(error)}") from None
     say(f"{count:,} exported{f' to {output}' if output else ''}.")
@@ -84,10 +84,10 @@ def _write(store: QuotaStore, format_name: str, file: BinaryIO, progress: Progre
     for line in _WRITERS[format_name](counted()):
         if too_long(line):
             raise click.UsageError(
-                f"the usage by day of token {token_id} takes more than the {LINE_LIMIT:,} characters of a line; "
-                "'usage-middleware import' copies it from database to database, without a file"
+                f"the usage by day of token {token_id} takes more than {LINE_LIMIT:,} characters, the most that a line "
+                "may have; 'usage-middleware import' copies it from database to database, without a file"
             )
-        # UTF-8 whatever the terminal has: a character that it does not have would be lost.
+        # Write UTF-8 whatever the encoding of the terminal is, so that no character is lost.
         file.write(line.encode())
     file.flush()
     progress.move(position)
@@ -96,14 +96,14 @@ def _write(store: QuotaStore, format_name: str, file: BinaryIO, progress: Progre
 
 @contextmanager
 def _new_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file that only its owner can read, and that has its name once it is whole.
+    """Yield a file that only its owner can read. It gets its name once it is complete.
 
-    An existing file is never replaced: it may be the only copy of what it holds.
+    An existing file is never replaced: it may be an only copy.
     """
     if path.exists():
         raise click.UsageError(f"{path} exists already; remove it, or name another file")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    # The name is known before there is a file: whenever a signal comes, none is left behind.
+    # The name is known before the file is created, so it is removed whenever a signal arrives.
     try:
         with open(temporary, "xb", opener=_open_for_owner) as file:
             yield file

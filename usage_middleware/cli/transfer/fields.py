@@ -1,9 +1,9 @@
-"""The fields of a token in a file: which there are, and how each is read from text or JSON and written to it.
+"""The fields of a token in a file, and how each is read from and written to text and JSON.
 
-They are the fields of :class:`~usage_middleware.tokens.Token` and :class:`~usage_middleware.tokens.TokenRecord`, so a
-new one is exported and imported as its type is, unless this says otherwise.
+They are the fields of :class:`~usage_middleware.tokens.Token` and :class:`~usage_middleware.tokens.TokenRecord`. A new
+field is exported and imported according to its type, unless it has an entry of its own below.
 
-No reason that is given for a bad one shows its value, which may be a key that stands in the wrong column.
+No message shows the value of a bad field, which may be a key in the wrong column.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ...tokens import Token, TokenRecord
 from ...usage import DayUsage
 from .. import times
 
-#: The characters behind ``sk-`` that a key of another system has at least, if a command makes a token with it. The
-#: database keeps SHA-256 digests, which are safe as long as nobody can try all keys: not for 8 letters, of which a
-#: graphics card tries all in an hour.
+#: The fewest characters after ``sk-`` in a key of another system. ``create`` refuses a shorter key, and ``import``
+#: warns of it. The database keeps SHA-256 digests, which are safe only if there are too many keys to try them all: a
+#: graphics card tries all keys of 8 letters in an hour.
 KEY_MIN_LENGTH: Final = 16
 
 _INTEGER: Final = re.compile(r"-?[0-9]{1,19}")
@@ -32,11 +32,11 @@ _BOOLEANS: Final = {"true": True, "false": False, "1": True, "0": False, "yes": 
 
 
 class BadRow(ValueError):
-    """A row that is not a token. The message says why, and holds no value of the row."""
+    """A row that is not a token. The message says why, and contains no value of the row."""
 
 
 Parse: TypeAlias = Callable[[str, Any, float], Any]
-"""The value of a field, from its name, what was read, and Unix time, for an expiry such as ``30d``."""
+"""Return the value of a field from its name, what was read, and the current Unix time (for ``30d``)."""
 
 
 def _key(name: str, value: Any, now: float) -> str:
@@ -54,18 +54,18 @@ def _digest(name: str, value: Any, now: float) -> bytes:
 
 def _text(name: str, value: Any, now: float) -> str:
     if not isinstance(value, str):
-        raise BadRow(f"{name} must be a text")
+        raise BadRow(f"{name} must be text")
     if not value.isascii():
         try:
             value.encode()
-        except UnicodeEncodeError:  # bytes that were not, or half a surrogate pair of JSON
+        except UnicodeEncodeError:  # bytes that are not UTF-8, or half of a surrogate pair in JSON
             raise BadRow(f"{name} is not UTF-8 text") from None
     return value
 
 
 def _integer_of_text(name: str, text: str, now: float) -> int:
     if not _INTEGER.fullmatch(text):
-        raise BadRow(f"{name} must be a whole number, of digits alone")
+        raise BadRow(f"{name} must be a whole number, written in digits only")
     return int(text)
 
 
@@ -89,7 +89,7 @@ def _boolean(name: str, value: Any, now: float) -> bool:
 
 
 def _time_of_text(name: str, text: str, now: float) -> int:
-    # A number as it stands, however small or large it is: an export is read back as it was.
+    # Return any number as it is, however small or large, so that an export is read back unchanged.
     if _INTEGER.fullmatch(text):
         return int(text)
     try:
@@ -127,7 +127,7 @@ def _models(name: str, value: Any, *, or_none: bool = False) -> Mapping[str, Any
         raise BadRow(f"{name} must be a JSON object of models")
     for model in value:
         if not (model or or_none) or "\0" in _text(name, model, 0.0):
-            raise BadRow(f"{name} must have models that are names")
+            raise BadRow(f"{name} must not have a model without a name, or with a NUL in it")
     return value
 
 
@@ -146,7 +146,7 @@ def _day(name: str, text: str) -> date:
         day = date.fromisoformat(text)
     except ValueError:
         raise BadRow(f"{name} must have days such as 2030-01-01") from None
-    if day.isoformat() != text:  # Python 3.11 and newer take 20300101 too, which would be a second name of one day
+    if day.isoformat() != text:  # Python 3.11 and newer accept 20300101 too, a second name of the same day
         raise BadRow(f"{name} must have days such as 2030-01-01")
     return day
 
@@ -170,7 +170,7 @@ def _json_of_text(parse: Parse) -> Parse:
 
 
 def loads(what: str, text: str) -> Any:
-    """Return the value of a text of JSON.
+    """Decode JSON.
 
     :raises BadRow: it is not JSON; the message begins with ``what``.
     """
@@ -185,7 +185,7 @@ def loads(what: str, text: str) -> Any:
 
 
 def _object_of_days(days: Sequence[DayUsage]) -> dict[str, dict[str, dict[str, int]]]:
-    """Return days as an object of models, each with the figures that are not 0: there may be thousands of them."""
+    """Return an object of days, each an object of models. Leave out figures of 0: there may be thousands of them."""
     written: dict[str, dict[str, dict[str, int]]] = {}
     for entry in days:
         figures = {figure: value for figure in _FIGURES if (value := getattr(entry, figure))}
@@ -202,9 +202,9 @@ def _names(kind: Any, *left_out: str) -> tuple[str, ...]:
 
 
 _FIGURES: Final = tuple(name for name in DayUsage._fields if name not in ("day", "model"))
-# The number of a token, and what open reservations hold, are matters of the store that it comes from.
+# The id of a token, and what its open reservations hold, belong to the store that it comes from.
 _OF_TOKEN: Final = _names(Token, "id", "held")
-#: The fields of a record beside its token and digest.
+#: The fields of a record besides its token and digest.
 OF_RECORD: Final = _names(TokenRecord, "token", "digest")
 #: The fields that an export has, in their order.
 EXPORTED: Final = ("id", "digest", *_OF_TOKEN, *OF_RECORD)
@@ -221,7 +221,7 @@ def _times(form: Any) -> dict[str, Any]:
 
 
 _FROM_EITHER: Final[Mapping[str, Parse]] = {"key": _key, "digest": _digest}
-#: By the names of CSV's columns. An empty cell is not asked for.
+#: The parsers by CSV column. An empty cell is not parsed.
 FROM_TEXT: Final[Mapping[str, Parse]] = {
     **_FROM_EITHER,
     **_of_types({str: _text, int: _integer_of_text, bool: _boolean_of_text}),
@@ -232,7 +232,7 @@ FROM_TEXT: Final[Mapping[str, Parse]] = {
     "days": _json_of_text(_days),
     "id": _ignored,
 }
-#: By the names of an object's members. ``null`` is not asked for.
+#: The parsers by member of the JSON object. ``null`` is not parsed.
 FROM_JSON: Final[Mapping[str, Parse]] = {
     **_FROM_EITHER,
     **_of_types({str: _text, int: _integer, bool: _boolean}),
@@ -243,14 +243,14 @@ FROM_JSON: Final[Mapping[str, Parse]] = {
     "days": _days,
     "id": _ignored,
 }
-#: What stands for a field in JSON, if it is not the field itself.
+#: How to write a field as JSON, if not as it is.
 TO_JSON: Final[Mapping[str, Callable[[Any], Any]]] = {
     "digest": bytes.hex,
     "model_limits": dict,
     "model_usage": dict,
     "days": _object_of_days,
 }
-#: What stands for a field in CSV, if it is not the field itself.
+#: How to write a field as CSV, if not as it is.
 TO_TEXT: Final[Mapping[str, Callable[[Any], Any]]] = {
     **_of_types({bool: lambda value: "true" if value else "false"}),
     "digest": bytes.hex,

@@ -21,10 +21,10 @@ from .progress import Progress
 from .records import Row, UnreadableSource
 from .sources import FORMATS, Source, open_source
 
-# Rows in a transaction. With a thousand, a large database would write each page of its index several times as often;
-# this many take a fraction of a second, for which a charge that comes in between waits.
+# Rows per transaction. With a thousand, a large database would write each page of its index several times as often.
+# This many take a fraction of a second, and a charge that arrives meanwhile waits as long.
 BATCH: Final = 10_000
-# Days and models in a transaction, as one token may have as many of them as ten thousand others have fields.
+# Days and models per transaction: one token may have as many of them as ten thousand other tokens have fields.
 BATCH_USAGE: Final = 100_000
 
 _Restore = Callable[[Sequence[TokenRecord]], list[int | None]]
@@ -36,9 +36,9 @@ _Restore = Callable[[Sequence[TokenRecord]], list[int | None]]
     "--format",
     "format_name",
     type=click.Choice(list(FORMATS)),
-    help="What SOURCE is, if its name does not say so.",
+    help="The format of SOURCE, if its file extension does not show it.",
 )
-@click.option("--dry-run", is_flag=True, help="Read and check all of it, print what would be done, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Read and check everything, print what would be done, and write nothing.")
 @click.argument("source")
 @click.pass_context
 def import_tokens(ctx: click.Context, source: str, format_name: str | None, dry_run: bool) -> None:
@@ -48,8 +48,8 @@ def import_tokens(ctx: click.Context, source: str, format_name: str | None, dry_
     or URL. A row has a 'key', or a 'digest': SHA-256 of the key without sk-, in hexadecimal. Every other field may be
     left out.
 
-    A token that is there already is left alone, so if an import was stopped, the same command continues it. Bad rows
-    are printed and the others imported; the exit status is 1 then.
+    A token that is already there is left as it is, so the same command continues an import that was stopped. Bad rows
+    are reported and the others are imported; the exit status is 1 then.
     """
     tally = _Tally("would be imported" if dry_run else "imported")
     try:
@@ -68,7 +68,7 @@ def import_tokens(ctx: click.Context, source: str, format_name: str | None, dry_
 
 
 class _Tally:
-    """What became of the rows so far."""
+    """How many rows were imported, already there, or bad so far."""
 
     def __init__(self, verb: str) -> None:
         self._verb = verb
@@ -110,7 +110,7 @@ def _copy(source: Source, restore: _Restore, tally: _Tally) -> None:
 
 
 def _batches(source: Source, tally: _Tally, progress: Progress) -> Iterator[list[TokenRecord]]:
-    """Yield the tokens in portions of bounded size, and print why the bad rows are bad."""
+    """Yield the tokens in batches of bounded size, and print what is wrong with each bad row."""
     records: list[TokenRecord] = []
     rows = usage = 0
     for row in source.rows:
@@ -131,12 +131,12 @@ def _batches(source: Source, tally: _Tally, progress: Progress) -> Iterator[list
 
 @contextmanager
 def _reported(tally: _Tally) -> Iterator[None]:
-    """Print what was done, whether all of it was or not."""
+    """Print what was done, even if the import is stopped or fails."""
     try:
         yield
     except KeyboardInterrupt:
         tally.report()
-        raise click.UsageError("stopped; the same command continues from there") from None
+        raise click.UsageError("stopped; run the same command again to continue") from None
     except (StoreError, UnreadableSource):
         if tally.rows:
             tally.report()
@@ -146,11 +146,11 @@ def _reported(tally: _Tally) -> Iterator[None]:
 
 @contextmanager
 def _dry_run(store: QuotaStore) -> Iterator[_Restore]:
-    """Yield what returns the same as ``restore``, except for the ids.
+    """Yield a function that returns what ``restore`` would return, except for the ids.
 
-    The store is only read: to restore and roll back would make the charges of a live service wait, and needs a database
-    that exists and may be written. A key that comes twice is found by a store of what has come, in a temporary file
-    and not in memory, as there may be millions.
+    The store is only read. Restoring and rolling back would make the charges of a live service wait, and would need a
+    database that exists and may be written. What has been read goes to a second store, which finds a key that occurs
+    twice. It is a temporary file and not in memory, as there may be millions of tokens.
     """
     with (
         tempfile.TemporaryDirectory(prefix="usage-middleware-") as directory,

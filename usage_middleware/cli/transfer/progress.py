@@ -1,4 +1,4 @@
-"""How far a long command has come."""
+"""The progress bar of a long command."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..printing import say
 class Progress:
     """A bar on standard error, if that is a terminal and the length is known.
 
-    :param length: how much there is to do; it is asked only if a bar is shown.
+    :param length: how much there is to do. It is called only if standard error is a terminal.
     """
 
     def __init__(self, label: str, length: Callable[[], int | None]) -> None:

@@ -1,7 +1,6 @@
 """Tokens as lines of text: what ``export`` writes and ``import`` reads, as CSV or as JSON lines.
 
-No reason that is given for a bad row shows a value of it: in a file whose columns are in disorder, the key may be
-anywhere.
+No message shows a value of a bad row: in a file whose columns are in the wrong order, any of them may hold the key.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ from ...stores.storable import check_record
 from ...tokens import Token, TokenRecord
 from .fields import EXPORTED, FROM_JSON, FROM_TEXT, KEY_MIN_LENGTH, OF_RECORD, TO_JSON, TO_TEXT, BadRow, Parse, loads
 
-#: The most characters of a line that are read, and of a CSV row of several lines. A longer one is a bad row: it is
-#: refused before anything is made of it, so that memory stays bounded.
+#: The most characters that a line, or a CSV row of several lines, may have. A longer one is a bad row: it is refused
+#: before it is parsed, so that memory stays bounded.
 LINE_LIMIT: Final = 4 * 1024 * 1024
 
 _encode_json: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class UnreadableSource(Exception):
-    """A source of which no row can be read. The message holds no value of it either."""
+    """A source from which no row can be read. The message contains no value of it either."""
 
 
 class Row(NamedTuple):
@@ -34,19 +33,19 @@ class Row(NamedTuple):
     number: int
     #: The token, or the reason why the row is not one.
     content: TokenRecord | BadRow
-    #: Whether it came with a key that is short enough to be found by trying.
+    #: Whether it came with a key that is short enough to be found by trying all of them.
     has_short_key: bool = False
 
 
 def read_csv(lines: Iterable[str], now: float) -> Iterator[Row]:
     """Yield the tokens of CSV text with a header.
 
-    :param lines: with their ends.
-    :param now: Unix time, for an expiry such as ``30d``.
+    :param lines: with their line endings.
+    :param now: the current Unix time, for an expiry such as ``30d``.
     :raises UnreadableSource: the header is missing or wrong. An unknown column is refused, as a misspelt one would
-        quietly give every token the field's default.
+        silently give every token the field's default.
     """
-    # The limit is one of the whole process, 131,072 characters at first; a row ends at LINE_LIMIT before it counts.
+    # csv's own limit is set for the whole process, 131,072 characters by default. LINE_LIMIT ends a row before it does.
     csv.field_size_limit(max(csv.field_size_limit(), LINE_LIMIT + 1))
     bounded = _BoundedRows(lines)
     rows = csv.reader(bounded, strict=True)
@@ -74,15 +73,15 @@ def read_csv(lines: Iterable[str], now: float) -> Iterator[Row]:
 def read_json_lines(lines: Iterable[str], now: float) -> Iterator[Row]:
     """Yield the tokens of JSON lines (jsonlines.org).
 
-    An unknown field makes its row a bad one, for the reason that :func:`read_csv` has; there is no header that could
-    tell of it in advance.
+    A row with an unknown field is a bad row, for the same reason as in :func:`read_csv`. There is no header in which it
+    could be found in advance.
 
-    :param now: Unix time, for an expiry such as ``30d``.
+    :param now: the current Unix time, for an expiry such as ``30d``.
     :raises UnreadableSource: the text is a JSON array.
     """
     for number, line in enumerate(lines, 1):
         if number == 1 and line.startswith("["):
-            raise UnreadableSource("it is a JSON array; write one object a line instead, without commas between them")
+            raise UnreadableSource("it is a JSON array; write one object per line instead, without commas between them")
         if line.isspace():
             continue
         try:
@@ -94,9 +93,9 @@ def read_json_lines(lines: Iterable[str], now: float) -> Iterator[Row]:
 
 
 def write_csv(records: Iterable[TokenRecord]) -> Iterator[str]:
-    """Yield the lines of a CSV file that :func:`read_csv` takes back without loss."""
-    # With the line end of RFC 4180, the writer of every Python version quotes a cell that has a carriage return; with
-    # "\n" alone, those before 3.13 do not. The line end itself is replaced again: other tools expect "\n" here.
+    """Yield the lines of a CSV file that :func:`read_csv` reads back without loss."""
+    # With the line ending of RFC 4180, every version of Python quotes a cell that has a carriage return. With "\n",
+    # those before 3.13 do not. The ending itself is then replaced by "\n", which other tools expect.
     writer = csv.writer(_Echo(), lineterminator="\r\n")
     for cells in _cells(records):
         yield writer.writerow(cells)[:-2] + "\n"
@@ -109,18 +108,18 @@ def _cells(records: Iterable[TokenRecord]) -> Iterator[Iterable[Any]]:
 
 
 def write_json_lines(records: Iterable[TokenRecord]) -> Iterator[str]:
-    """Yield JSON lines that :func:`read_json_lines` takes back without loss."""
+    """Yield JSON lines that :func:`read_json_lines` reads back without loss."""
     for record in records:
         yield _encode_json(_exported(record, TO_JSON)) + "\n"
 
 
 def too_long(line: str) -> bool:
-    """Return whether a line is longer than one that is read."""
+    """Return whether a line is longer than :data:`LINE_LIMIT`."""
     return len(line) > LINE_LIMIT
 
 
 def reason(error: Exception) -> str:
-    """Return what a check of a field found, without the value that it found."""
+    """Return the message of a check of a field, without the value that it quotes."""
     return str(error).partition(", got ")[0].removeprefix("Token.")
 
 
@@ -144,7 +143,10 @@ class _Echo:
 
 
 class _BoundedRows:
-    """Lines for :mod:`csv`, which collects a row of any number of them: one after a quotation mark too many, say."""
+    """Lines for :mod:`csv`, at most :data:`LINE_LIMIT` characters of them for one row.
+
+    Otherwise, after a quotation mark too many, the rest of a file would be read into memory as one row.
+    """
 
     def __init__(self, lines: Iterable[str]) -> None:
         self._lines = iter(lines)
@@ -169,10 +171,10 @@ class _BoundedRows:
 
 
 def _checked_header(header: list[str]) -> list[str]:
-    known = f"known are {', '.join(FROM_TEXT)}"
+    known = f"the known ones are {', '.join(FROM_TEXT)}"
     if len(header) == 1 and (separator := next((c for c in ";\t|" if c in header[0]), None)):
         raise UnreadableSource(f"its columns are separated by {separator!r}; separate them by commas")
-    # Before a column is named: the first line of a file without a header holds a key.
+    # This comes before any message that names a column: without a header, the first line holds a key.
     if "key" not in header and "digest" not in header:
         raise UnreadableSource(f"its first line must name the columns, with key or digest among them; {known}")
     for name in header:
@@ -196,21 +198,21 @@ def _row_of_cells(number: int, columns: list[tuple[str, Parse]], row: list[str],
 def _row_of_object(number: int, decoded: Any, now: float) -> Row:
     if type(decoded) is not dict:
         raise BadRow("must be a JSON object")
-    # Before a field is named: in an object of objects, the names are the keys.
+    # This comes before any message that names a field: in an object of objects, the names may be the keys.
     if "key" not in decoded and "digest" not in decoded:
         raise BadRow("needs a key or a digest")
     fields = {}
     for name, value in decoded.items():
         parse = FROM_JSON.get(name)
         if parse is None:
-            raise BadRow(f"has an unknown field {name[:40]!r}; known are {', '.join(FROM_JSON)}")
+            raise BadRow(f"has an unknown field {name[:40]!r}; the known ones are {', '.join(FROM_JSON)}")
         if value is not None:
             fields[name] = parse(name, value, now)
     return _row(number, fields)
 
 
 def _row(number: int, fields: dict[str, Any]) -> Row:
-    """Return the row of fields that have been read one by one; what is left out has its default."""
+    """Return the row that the parsed fields make. A field that is left out has its default."""
     key = fields.pop("key", None)
     digest = fields.pop("digest", None)
     if key is not None:

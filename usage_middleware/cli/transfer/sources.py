@@ -32,9 +32,9 @@ _SQLITE_MAGIC: Final = b"SQLite format 3\0"  # sqlite.org/fileformat.html, secti
 
 @dataclass(frozen=True)
 class Source:
-    """Rows that are read one by one."""
+    """Rows that are read one by one, and how much of them has been read."""
 
-    #: What the number of a row counts.
+    #: What the number of a row is: that of a ``line``, or of a ``token``.
     unit: str
     rows: Iterator[Row]
     #: How much there is to read, in bytes or in rows; ``None`` if it is not known.
@@ -44,14 +44,14 @@ class Source:
 
 
 class _Database(Protocol):
-    """A store that others may take tokens from."""
+    """A store from which tokens can be copied."""
 
     def records(self) -> Iterator[TokenRecord | DamagedToken]: ...
     def count(self) -> int: ...
 
 
 def format_of(name: str) -> str | None:
-    """Return the format that a file's name says; ``None`` if it says none."""
+    """Return the format that a file's extension stands for, or ``None``."""
     return _SUFFIXES.get(Path(name).suffix.lower())
 
 
@@ -59,7 +59,7 @@ def open_source(text: str, format_name: str | None) -> AbstractContextManager[So
     """Open what ``text`` names: a file, ``-`` for standard input, or a database by its file or its URL.
 
     :param format_name: a key of :data:`FORMATS`; if it is left out, the file's name or its first bytes decide.
-    :raises UnreadableSource: it cannot be opened, or it is not known what it is.
+    :raises UnreadableSource: it cannot be opened, or its format is not known.
     """
     if text == "-":
         if format_name is None:
@@ -81,8 +81,8 @@ def open_source(text: str, format_name: str | None) -> AbstractContextManager[So
     if is_database:
         return _database_source(text)
     raise UnreadableSource(
-        f"it is not known what it holds; a file is read if its name ends with {', '.join(_SUFFIXES)}, if it is an "
-        "SQLite database, or with --format csv or --format jsonl"
+        f"its format is not known; name an SQLite database or a file that ends with {', '.join(_SUFFIXES)}, or add "
+        "--format csv or --format jsonl"
     )
 
 
@@ -109,7 +109,7 @@ def _database_source(text: str) -> Iterator[Source]:
 
 @contextmanager
 def _database(text: str) -> Iterator[_Database]:
-    """Yield the store that ``text`` names, to read its tokens. Nothing is written, whatever version its tables have."""
+    """Open the store that ``text`` names, and write nothing to it, even if its tables are of an earlier version."""
     with stores.open_and_ask(text, read_only=True) as database:
         state = database.tables_state() if isinstance(database, QuotaStore) else "current"
         if state == "none":
@@ -130,8 +130,8 @@ def _checked(record: TokenRecord) -> TokenRecord | BadRow:
 
 @contextmanager
 def _text_source(file: BinaryIO, format_name: str) -> Iterator[Source]:
-    # A byte that is not UTF-8 becomes a character that no text may have, so that only its row is bad. A spreadsheet may
-    # have put a BOM in front. The csv module wants the ends of lines as they are; JSON lines end with LF alone.
+    # A byte that is not UTF-8 becomes a lone surrogate, which no field accepts, so only its row is bad. A spreadsheet
+    # may have put a BOM in front. The csv module wants line endings as they are; JSON lines end with LF only.
     newline = "" if format_name == "csv" else "\n"
     with file, io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as text:
         rows = FORMATS[format_name](_lines(text), time.time())
@@ -139,7 +139,7 @@ def _text_source(file: BinaryIO, format_name: str) -> Iterator[Source]:
 
 
 def _lines(text: io.TextIOBase) -> Iterator[str]:
-    """Yield the lines of a text; of one that is too long, only as much as shows that."""
+    """Yield the lines of a text. Of a line that is too long, yield only its first ``LINE_LIMIT + 1`` characters."""
     most = LINE_LIMIT + 1
     try:
         while line := text.readline(most):
