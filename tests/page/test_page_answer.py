@@ -1,4 +1,4 @@
-"""What the server answers at the page's path: one static document that asks for nothing but the endpoint."""
+"""What the server answers at the page's path: one static document that requests nothing but the endpoint."""
 
 import base64
 import hashlib
@@ -35,18 +35,18 @@ def test_one_document_with_and_without_a_slash(path):
     assert len(answer.body) <= 40_000
 
 
-def test_other_paths_and_the_endpoint_are_as_they_were():
+def test_the_page_leaves_other_paths_as_they_were():
     assert ask(application(), path="/usage/more").body == ask(wrapped, path="/usage/more").body
     assert ask(application()).status == 401
     assert ask(application(page=None), path="/usage").body == ask(wrapped, path="/usage").body
 
 
 @pytest.mark.parametrize("path", ["", "/"])
-def test_a_page_at_the_root(path):
+def test_a_page_at_the_root_needs_no_slash(path):
     assert ask(application(page="/"), path=path).body.startswith(b"<!doctype html>")
 
 
-def test_methods():
+def test_the_page_answers_head_and_options_and_refuses_post():
     head = ask(application(), path="/usage", method="HEAD")
     assert (head.status, head.body) == (200, b"")
     assert head.header("Content-Length") == str(len(ask(application(), path="/usage").body))
@@ -63,7 +63,7 @@ def test_a_browser_that_has_it_gets_304():
         answer = ask(application(), path="/usage", HTTP_IF_NONE_MATCH=known)
         assert (answer.status, answer.body, answer.header("ETag")) == (304, b"", etag)
     assert ask(application(), path="/usage", HTTP_IF_NONE_MATCH='"other"').status == 200
-    # Another place of the endpoint is another document.
+    # With another path of the endpoint, it is another document.
     assert ask(application(path="/quota"), path="/usage").header("ETag") != etag
 
 
@@ -86,7 +86,7 @@ def test_the_policy_lets_its_own_script_and_style_run_and_nothing_else():
     }
 
 
-def test_nothing_in_it_is_loaded_from_elsewhere_or_made_of_markup():
+def test_the_page_loads_nothing_else_and_makes_no_markup():
     text = document()
     assert not re.search(r"""(?:src|href|action)=["'](?!data:)""", text)
     assert not re.search(
@@ -106,7 +106,7 @@ def test_nothing_in_it_is_loaded_from_elsewhere_or_made_of_markup():
         pytest.param("/usage", '/a"b&c', "../a%22b%26c", id="markup"),
     ],
 )
-def test_where_the_endpoint_is_seen_from_the_page(page, path, place):
+def test_the_page_has_the_relative_path_of_the_endpoint(page, path, place):
     assert f'<meta name="usage-endpoint" content="{place}">' in document(page=page, path=path)
 
 
@@ -121,6 +121,6 @@ def test_where_the_endpoint_is_seen_from_the_page(page, path, place):
         ({"page": "/api/status", "new_api": NewAPI()}, ValueError),
     ],
 )
-def test_a_page_that_cannot_be(options, error):
+def test_a_bad_path_of_the_page_is_refused(options, error):
     with pytest.raises(error, match=r"^page must "):
         application(**options)

@@ -1,4 +1,4 @@
-"""The page in a real browser: what its holder sees of every token and every refusal, and what nobody else sees."""
+"""The page in a real browser: what the holder of a key sees for each token and each refusal, and where the key is."""
 
 import csv
 import json
@@ -57,7 +57,7 @@ def store(clock):
 
 @pytest.fixture
 def serve():
-    """Serves a middleware for the length of the test, and returns the address of its page."""
+    """Serve a middleware until the end of the test, and return the URL of its page."""
     with ExitStack() as stack:
 
         def start(store, **options):
@@ -72,7 +72,7 @@ def serve():
 
 
 def show(browser, url, key, *, keep=False):
-    """Opens the page, enters a key, and waits until it is answered."""
+    """Open the page, enter a key, and wait for the answer."""
     browser.driver.get(url)
     browser.find("key").send_keys(key)
     if keep:
@@ -140,7 +140,7 @@ def facts(browser):
         ),
     ],
 )
-def test_every_state_of_a_token(browser, serve, store, fields, used, state, left, caption, why):
+def test_each_state_of_a_token_is_shown(browser, serve, store, fields, used, state, left, caption, why):
     key, _ = store.create(name="Laptop", **fields)
     if used:
         store.charge(key, used, model="gpt-4o")
@@ -154,7 +154,7 @@ def test_every_state_of_a_token(browser, serve, store, fields, used, state, left
     assert facts(browser)["Today"] == f"{used:,}"
 
 
-def test_an_overdrawn_token(browser, serve, store):
+def test_an_overdrawn_token_has_less_than_nothing_left(browser, serve, store):
     key, _ = store.create(total_available=500)
     store.settle(store.reserve(key, 500), 1234)
     show(browser, serve(store), key)
@@ -163,7 +163,7 @@ def test_an_overdrawn_token(browser, serve, store):
     assert "More was used than was granted" in browser.text("why")
 
 
-def test_what_running_requests_hold(browser, serve, store):
+def test_what_running_requests_hold_is_shown(browser, serve, store):
     key, _ = store.create(total_available=500)
     store.reserve(key, 500)
     show(browser, serve(store), key)
@@ -171,7 +171,7 @@ def test_what_running_requests_hold(browser, serve, store):
     assert "held by requests that are still running" in browser.text("why")
 
 
-def test_renewal_and_expiry(browser, serve, store):
+def test_renewal_and_expiry_are_shown(browser, serve, store):
     key, token = store.create(renewal="weekly", renewal_quota=700, expires_at=NOW + 400 * DAY)
     show(browser, serve(store), key)
     shown = facts(browser)
@@ -179,13 +179,13 @@ def test_renewal_and_expiry(browser, serve, store):
     assert str(datetime.fromtimestamp(token.expires_at, timezone.utc).year) in shown["Expires"]
 
 
-def test_a_store_without_days(browser, serve):
+def test_without_usage_by_day_the_page_says_so(browser, serve):
     from usage_middleware import Token
 
     show(browser, serve({"one": Token(name="Plain", total_available=5, total_used=2)}), "sk-one")
     assert browser.text("left") == "5 left"
     assert not browser.is_shown("days")
-    assert facts(browser) == {"Expires": "Never", "Usage by day": "This service does not count by day."}
+    assert facts(browser) == {"Expires": "Never", "Usage by day": "This service does not count usage by day."}
 
 
 # --- Usage by day
@@ -193,7 +193,7 @@ def test_a_store_without_days(browser, serve):
 
 @pytest.fixture
 def used(store, clock):
-    """A key that was used for 366 days."""
+    """Return a key that was used on each of 366 days."""
     key, _ = store.create(name="Long", total_available=10**9)
     for day in range(365, -1, -1):
         clock.now = NOW - day * DAY
@@ -207,12 +207,12 @@ def press(browser, group, label):
 
 
 def bars(browser):
-    """How many days have a bar."""
+    """Return how many days have a bar."""
     rectangles = browser.driver.find_elements(By.CSS_SELECTOR, "#svg rect:not(.day)")
     return len({rectangle.get_attribute("x") for rectangle in rectangles})
 
 
-def test_usage_of_many_days(browser, serve, store, used):
+def test_the_chart_shows_30_90_or_365_days(browser, serve, store, used):
     show(browser, serve(store), used)
     assert facts(browser)["Last 7 days"] == f"{sum(100 + day for day in range(7)):,}"
     assert facts(browser)["Last 30 days"] == f"{sum(100 + day for day in range(30)):,}"
@@ -227,7 +227,7 @@ def test_usage_of_many_days(browser, serve, store, used):
     assert models == [["gpt-4o-mini", "183"], ["gpt-4o", "182"]]
 
 
-def test_one_day_of_use(browser, serve, store):
+def test_one_day_of_use_has_one_bar(browser, serve, store):
     key, _ = store.create(total_available=1000)
     store.charge(key, 40)
     show(browser, serve(store), key)
@@ -235,12 +235,12 @@ def test_one_day_of_use(browser, serve, store):
     assert browser.text("models").split("\n") == ["without a model", "40"]
 
 
-def test_no_use(browser, serve, store):
+def test_without_use_the_page_says_so(browser, serve, store):
     key, _ = store.create(total_available=1000)
     show(browser, serve(store), key)
     assert not browser.is_shown("chart")
     assert browser.text("empty").startswith("Nothing was used in these days.")
-    assert facts(browser)["What is left lasts"] == "nothing was used lately"
+    assert facts(browser)["What is left lasts"] == "nothing was used recently"
 
 
 def test_the_table_and_the_file_have_the_same_figures(browser, serve, store, used):
@@ -252,7 +252,7 @@ def test_the_table_and_the_file_have_the_same_figures(browser, serve, store, use
     ]
     assert len(rows) == 30
     assert rows[0] == [datetime.now(timezone.utc).date().isoformat(), "gpt-4o-mini", "100", "1", "7", "3"]
-    # What a click downloads, read in the page itself.
+    # Read what a click downloads in the page itself.
     text = browser.driver.execute_async_script(
         """
         const done = arguments[0], make = URL.createObjectURL;
@@ -277,7 +277,7 @@ HOSTILE = [
 ]
 
 
-def test_many_models_with_hostile_names(browser, serve, store):
+def test_hostile_names_are_shown_as_text(browser, serve, store):
     limits = dict.fromkeys(HOSTILE, 1000)
     key, _ = store.create(name="<b>bold</b>", total_available=10**6, model_limits=limits, model_limits_enabled=False)
     for number, model in enumerate([*HOSTILE, *(f"model {n}" for n in range(42))]):
@@ -289,12 +289,12 @@ def test_many_models_with_hostile_names(browser, serve, store):
     assert names == [*HOSTILE, "42 more models"]
     limited = browser.driver.find_elements(By.CSS_SELECTOR, "#limit-list .name")
     assert {item.text for item in limited} == set(HOSTILE)
-    assert browser.text("limits-title") == "Model limits (not enforced)"
+    assert browser.text("limits-title") == "Model limits (not enabled)"
     assert browser.script("return document.images.length + document.querySelectorAll('script').length") == 1
     assert browser.script("return document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_model_limits_as_bars(browser, serve, store):
+def test_model_limits_have_bars(browser, serve, store):
     key, _ = store.create(total_available=1000, model_limits={"gpt-4o": 400, "free": True})
     store.charge(key, 100, model="gpt-4o")
     show(browser, serve(store), key)
@@ -311,10 +311,10 @@ def test_model_limits_as_bars(browser, serve, store):
     ("key", "message"),
     [
         ("sk-unknown", "This key is not known here."),
-        ("a,b", "This is not a key: it has characters that no key can have."),
+        ("a,b", "This is not a key: it is too long, or contains characters that a key cannot have."),
     ],
 )
-def test_a_key_that_is_refused(browser, serve, store, key, message):
+def test_a_refused_key_is_explained_and_removed(browser, serve, store, key, message):
     show(browser, serve(store), key)
     assert browser.text("message").startswith(message)
     assert not browser.is_shown("result")
@@ -323,7 +323,7 @@ def test_a_key_that_is_refused(browser, serve, store, key, message):
     assert browser.driver.switch_to.active_element == browser.find("key")
 
 
-def test_a_wrong_key_after_a_right_one(browser, serve, store):
+def test_a_wrong_key_removes_what_was_shown_and_kept(browser, serve, store):
     key, token = store.create(name="Right", total_available=5)
     url = serve(store)
     show(browser, url, key, keep=True)
@@ -334,7 +334,7 @@ def test_a_wrong_key_after_a_right_one(browser, serve, store):
     browser.until(lambda: browser.text("message"))
     assert not browser.is_shown("result")
     assert "Right" not in browser.driver.find_element(By.TAG_NAME, "body").text
-    # The kept key stops working: it is forgotten.
+    # A kept key that stops working is removed.
     show(browser, url, key, keep=True)
     store.delete(token.id)
     browser.driver.refresh()
@@ -351,7 +351,7 @@ def test_too_many_failures_say_when_to_try_again(browser, serve, store):
 
 
 class Failing:
-    """A store that works when it is told to."""
+    """A store that fails until ``fails`` is false."""
 
     def __init__(self, store):
         self.store = store
@@ -363,7 +363,7 @@ class Failing:
         return self.store.get(key)
 
 
-def test_a_store_that_is_down_and_comes_back(browser, serve, store):
+def test_retry_works_after_the_store_was_down(browser, serve, store):
     key, _ = store.create(name="Back", total_available=5)
     failing = Failing(store)
     show(browser, serve(failing), key)
@@ -375,7 +375,7 @@ def test_a_store_that_is_down_and_comes_back(browser, serve, store):
     assert browser.text("name") == "Back"
 
 
-def test_a_network_that_is_lost(browser, serve, store):
+def test_retry_works_after_the_network_was_lost(browser, serve, store):
     key, _ = store.create(total_available=5)
     browser.driver.get(serve(store))
     browser.driver.execute_cdp_cmd("Network.enable", {})
@@ -403,7 +403,7 @@ class Slow:
         return self.store.get(key)
 
 
-def test_a_slow_answer(browser, serve, store):
+def test_the_button_is_disabled_while_it_loads(browser, serve, store):
     key, _ = store.create(total_available=5)
     slow = Slow(store)
     browser.driver.get(serve(slow))
@@ -420,7 +420,7 @@ def test_a_slow_answer(browser, serve, store):
 # --- The key is nowhere else
 
 
-def test_where_the_key_is(browser, serve, store, caplog):
+def test_the_key_is_in_session_storage_at_most(browser, serve, store, caplog):
     caplog.set_level(logging.INFO)
     key, _ = store.create(total_available=5)
     url = serve(store)
@@ -445,7 +445,7 @@ def test_where_the_key_is(browser, serve, store, caplog):
     browser.until(lambda: browser.is_shown("result"))
 
 
-def test_it_asks_nothing_but_the_endpoint(browser, serve, store):
+def test_the_page_requests_nothing_but_the_endpoint(browser, serve, store):
     key, _ = store.create(total_available=5)
     url = serve(store)
     show(browser, url, key)
@@ -455,12 +455,12 @@ def test_it_asks_nothing_but_the_endpoint(browser, serve, store):
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
-def test_below_a_prefix(browser, store, slash):
+def test_the_page_works_below_a_prefix(browser, store, slash):
     key, _ = store.create(name="Below", total_available=5)
     middleware = UsageMiddleware(lambda environ, start_response: [], store, page="/usage")
 
     def stripping(environ, start_response):
-        """A proxy that strips a prefix, and one that mounts the application under it, look the same from a browser."""
+        """Strip a prefix like a proxy. To a browser, an application that is mounted under it looks the same."""
         assert environ["PATH_INFO"].startswith("/prefix/")
         return middleware({**environ, "PATH_INFO": environ["PATH_INFO"].removeprefix("/prefix")}, start_response)
 
@@ -470,10 +470,10 @@ def test_below_a_prefix(browser, store, slash):
         browser.driver.get("about:blank")
 
 
-# --- For everyone
+# --- Accessibility and languages
 
 
-def test_with_the_keyboard_alone(browser, serve, store, used):
+def test_the_page_works_with_the_keyboard_alone(browser, serve, store, used):
     browser.driver.get(serve(store))
     active = lambda: browser.driver.switch_to.active_element  # noqa: E731
     assert active() == browser.find("key")
@@ -498,7 +498,7 @@ def test_with_the_keyboard_alone(browser, serve, store, used):
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1000])
 @pytest.mark.parametrize("language", ["en-US", "zh-CN"])
-def test_accessibility_width_and_language(chromium, serve, store, used, language, dark, width):
+def test_the_page_is_accessible_and_fits_in_both_languages(chromium, serve, store, used, language, dark, width):
     chromium.new_tab(language=language, dark=dark, width=width)
     axe = files("axe_core_python").joinpath("axe.min.js").read_text()
     limited, _ = store.create(total_available=100, model_limits={"gpt-4o": 50})

@@ -1,4 +1,4 @@
-"""A real browser, Debian's Chromium, and a service on the loopback interface whose page it opens."""
+"""A real browser, Debian's Chromium, and a service on the loopback interface that it can open."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 from werkzeug.serving import make_server
 
-WAIT = 20  # seconds; a busy machine takes its time
+WAIT = 20  # seconds, enough for a busy machine
 ARGUMENTS = (
     "--headless=new",
     "--no-sandbox",  # which root needs
@@ -33,7 +33,7 @@ ARGUMENTS = (
 
 
 class Browser:
-    """Chromium, and what a test wants to know of it."""
+    """Chromium, and what the tests ask it."""
 
     def __init__(self) -> None:
         options = webdriver.ChromeOptions()
@@ -49,7 +49,7 @@ class Browser:
         self.driver.quit()
 
     def new_tab(self, *, language: str = "en-US", dark: bool = False, width: int = 1000) -> None:
-        """Give the test a tab of its own, with nothing stored, in a window of that width."""
+        """Open a new tab without stored data, in a window of that width, and close the old tab."""
         command = self.driver.execute_cdp_cmd
         old = self.driver.current_window_handle
         self.driver.switch_to.new_window("tab")
@@ -84,20 +84,22 @@ class Browser:
         return self.driver.execute_script(source, *arguments)
 
     def messages(self) -> list[str]:
-        """Return what the console says since the last call, without the browser's own note of each status of 400 and
-        above."""
+        """Return what was logged to the console since the last call.
+
+        Leave out what the browser itself logs for each status of 400 and above.
+        """
         entries = self.driver.get_log("browser")
         return [entry["message"] for entry in entries if "Failed to load resource" not in entry["message"]]
 
     def requests(self) -> list[str]:
-        """Return the addresses that were asked for since the last call."""
+        """Return the URLs that were requested since the last call."""
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
 
 
 @contextmanager
 def served(application: Any) -> Iterator[str]:
-    """Yield the address at which an application is served by threads of this process."""
+    """Serve an application by threads of this process, and yield its URL."""
     logging.getLogger("werkzeug").setLevel(logging.INFO)
     server = make_server("127.0.0.1", 0, application, threaded=True)
     thread = threading.Thread(target=server.serve_forever)

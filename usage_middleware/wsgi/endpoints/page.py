@@ -34,8 +34,8 @@ class PageEndpoint:
     """
 
     def __init__(self, path: str, endpoint: str) -> None:
-        # A browser takes "a/b" from "/usage" as "/a/b" and from "/usage/" as "/usage/a/b". The page's
-        # references are always relative to the page as a folder, so one reference is right for both.
+        # A browser resolves "a/b" to "/a/b" from "/usage", and to "/usage/a/b" from "/usage/". The page's script always
+        # resolves it as from "/usage/", so one relative path is right for both.
         up = "../" * path.count("/")
         place = up + quote(endpoint.lstrip("/"), encoding="latin-1")
         self._body = _DOCUMENT.replace(f'content="{_PLACE}"', f'content="{escape(place)}"').encode()
