@@ -1,4 +1,4 @@
-"""Taking the event with the usage out of a stream, cut into chunks anywhere."""
+"""The event with the usage is removed from a stream, wherever it is cut into chunks."""
 
 import pytest
 from hypothesis import given
@@ -13,7 +13,7 @@ EXTRA = event(USAGE_CHUNK)
 
 
 def passed(chunks, figures=None):
-    """What the client gets, chunk by chunk, and what at the end."""
+    """Return what the client gets for each chunk, and at the end."""
     figures = figures or Figures()
     usage_filter = UsageFilter(EventStream(figures), figures)
     out = [usage_filter.pass_on(chunk) for chunk in chunks]
@@ -26,20 +26,20 @@ def cut(data, size):
 
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\r"], ids=["LF", "CRLF", "CR"])
 @pytest.mark.parametrize("end", [DONE, b"", b": the end\n"])
-def test_the_usage_is_taken_out(newline, end):
+def test_the_event_with_the_usage_is_removed(newline, end):
     data = (b"".join(CHAT_STREAM[:-1]) + end).replace(b"\n", newline)
     expected = data.replace(EXTRA.replace(b"\n", newline), b"")
     assert len(expected) < len(data)
     for size in range(1, len(data) + 1):
         figures = Figures()
         client = b"".join(passed(cut(data, size), figures))
-        # Of a line end of two bytes that is cut, the second may stay: an empty line.
+        # If a chunk ends within CRLF, the LF may stay, which is an empty line.
         assert client == expected or (newline == b"\r\n" and client.replace(b"\n\n", b"\n") == expected), size
         assert figures.counts.input == 19
         assert figures.final
 
 
-def test_an_event_is_not_held_when_it_is_whole():
+def test_a_complete_event_is_passed_on_at_once():
     out = passed(CHAT_STREAM)
     assert out == [*CHAT_STREAM[:3], b"", DONE, b""]
     half = len(CHAT_STREAM[0]) // 2
@@ -63,12 +63,12 @@ def test_an_event_is_not_held_when_it_is_whole():
         pytest.param(b'data: {"usage"', id="the end is missing"),
     ],
 )
-def test_everything_else_passes(data):
+def test_all_other_events_pass(data):
     for size in range(1, len(data) + 1):
         assert b"".join(passed(cut(data, size))) == data
 
 
-def test_the_usage_at_the_end_without_a_blank_line():
+def test_usage_at_the_end_needs_no_blank_line():
     assert b"".join(passed([CHAT_STREAM[0], EXTRA[:-2]])) == CHAT_STREAM[0]
     assert b"".join(passed([CHAT_STREAM[0] + EXTRA[:-1]])) == CHAT_STREAM[0]
 
@@ -79,7 +79,7 @@ def test_an_event_that_is_too_large_is_not_held(size):
     out = passed(cut(data, size))
     assert b"".join(out) == data.replace(EXTRA, b"")
     assert max(map(len, out)) <= size + 2 * MOST_EVENT + 1000
-    # Neither are many lines that say nothing.
+    # Many lines without data are not held either.
     data = b"data: {\n" + b": comment\n" * 300_000 + b"data: }\n\n" + EXTRA + DONE
     out = passed(cut(data, 2**16))
     assert b"".join(out) == data.replace(EXTRA, b"")
@@ -102,7 +102,7 @@ def test_what_the_client_reads_does_not_depend_on_the_chunks(pieces, sizes):
 
 
 def events_of(data):
-    """The data of the events, as a client reads them."""
+    """Return the data of each event, as a client reads it."""
     events = []
     for block in data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n\n"):
         lines = [line for line in block.split(b"\n") if line.startswith(b"data:")]

@@ -11,25 +11,25 @@ NAME = "X-Usage-Cost"
 
 
 @pytest.mark.parametrize("units", [0, 1, 2**63 - 1])
-def test_a_fixed_amount(units):
+def test_a_fixed_amount_is_charged_unless_the_request_fails(units):
     cost = PerRequest(units)
     assert cost.most(environ()) == cost.least(environ()) == units
     reader = cost.reader(200, [])
     assert not reader.complete
     reader.feed(b"anything")
     assert reader.result(ended=True) == Usage(units)
-    # What a request that fails has cost is not known, so it is free.
+    # The cost of a request that fails is not known, so it is free.
     assert reader.result(ended=False) is None
 
 
 @pytest.mark.parametrize("units", [True, 1.0, "1", None])
-def test_an_amount_of_another_type(units):
+def test_an_amount_must_be_an_integer(units):
     with pytest.raises(TypeError):
         PerRequest(units)
 
 
 @pytest.mark.parametrize("units", [-1, 2**63])
-def test_an_amount_out_of_range(units):
+def test_an_amount_out_of_range_is_refused(units):
     with pytest.raises(ValueError, match="must be"):
         PerRequest(units)
 
@@ -43,7 +43,7 @@ def test_usage_is_checked(field):
 
 @pytest.mark.parametrize("name", [NAME, "x-usage-cost", "X_Usage_Cost", "X-USAGE_COST"])
 @pytest.mark.parametrize("value", ["7", " 7\t", "007"])
-def test_a_cost_from_a_header(name, value):
+def test_the_cost_is_read_from_the_header_and_the_header_removed(name, value):
     headers = [("Content-Type", "text/plain"), (name, value), ("X-Usage-Cost-Unit", "a")]
     reader = FromHeader(NAME, most=500).reader(200, headers)
     assert reader.complete
@@ -72,7 +72,7 @@ def test_a_cost_from_a_header(name, value):
         pytest.param(["9" * 5000], id="too long"),
     ],
 )
-def test_a_header_that_is_not_a_cost(values, caplog):
+def test_a_header_that_is_not_a_cost_is_logged(values, caplog):
     headers = [(NAME, value) for value in values]
     with caplog.at_level(logging.ERROR, "usage_middleware"):
         reader = FromHeader(NAME, most=500).reader(200, [("Server", "old"), *headers])
@@ -85,7 +85,7 @@ def test_a_header_that_is_not_a_cost(values, caplog):
     assert len(record.getMessage()) < 250
 
 
-def test_an_answer_without_the_header(caplog):
+def test_without_the_header_the_cost_is_unknown(caplog):
     reader = FromHeader(NAME, most=500).reader(200, [("Server", "old")])
     assert not reader.complete
     assert reader.result(ended=True) is None
@@ -100,7 +100,7 @@ def test_a_client_cannot_send_the_header():
     assert request["HTTP_X_USAGE_COSTS"] == "0"
 
 
-def test_bounds():
+def test_most_is_reserved_and_at_least_least():
     cost = FromHeader(NAME, most=500)
     assert (cost.most(environ()), cost.least(environ())) == (500, 500)
     cost = FromHeader(NAME, most=500, least=0)
@@ -120,6 +120,6 @@ def test_bounds():
         ({"name": NAME, "most": 1, "least": "0"}, TypeError),
     ],
 )
-def test_arguments(arguments, error):
+def test_bad_arguments_are_refused(arguments, error):
     with pytest.raises(error):
         FromHeader(arguments.pop("name"), **arguments)

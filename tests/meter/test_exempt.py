@@ -27,7 +27,7 @@ PREFIXES = ("/static/", "/health", "/grün/")
         "/grün/x".encode().decode("latin-1"),
     ],
 )
-def test_free(path):
+def test_paths_below_a_prefix_are_free(path):
     assert exemption(PREFIXES)(environ(path=path))
 
 
@@ -73,7 +73,7 @@ def test_free(path):
         "/gr\xfcn/x",
     ],
 )
-def test_metered(path):
+def test_all_other_paths_are_metered(path):
     assert not exemption(PREFIXES)(environ(path=path))
 
 
@@ -84,12 +84,12 @@ def test_nothing_is_exempt_by_default():
     assert not exemption(PREFIXES)(request)
 
 
-def test_the_path_below_script_name_counts():
+def test_prefixes_are_relative_to_script_name():
     assert exemption(PREFIXES)(environ(path="/static/x", SCRIPT_NAME="/mounted"))
     assert not exemption(PREFIXES)(environ(path="/x", SCRIPT_NAME="/static"))
 
 
-def test_a_function():
+def test_a_function_is_used_as_it_is():
     def is_get(environ):
         return environ["REQUEST_METHOD"] == "GET"
 
@@ -109,6 +109,6 @@ def test_a_function():
         ([""], ValueError),
     ],
 )
-def test_arguments(exempt, error):
+def test_bad_arguments_are_refused(exempt, error):
     with pytest.raises(error, match="exempt must"):
         exemption(exempt)

@@ -1,4 +1,4 @@
-"""What LLM services say that they used, and what it comes to."""
+"""The usage that LLM services state, and its price."""
 
 import gzip
 import json
@@ -33,12 +33,12 @@ CHAT_JSON = compact(CHAT_BODY)
 GZIP = gzip.compress(CHAT_JSON)
 GZIP_EVENTS = gzip.compress(b"".join(CHAT_STREAM))
 MOST = 9000
-# Each price is another, so a mistaken token shows.
+# All prices differ, so a token that is counted as another kind changes the sum.
 PRICES = {"input": 1000, "output": 100_000, "cached": 10}
 
 
 def usage(body, headers=JSON, *, ended=True, **arguments):
-    """The usage of an answer; ``body`` is bytes, or a list of chunks."""
+    """Return the usage of an answer. ``body`` is bytes or a list of chunks."""
     reader = LLMUsage(most=MOST, **(arguments or PRICES)).reader(200, headers)
     for chunk in [body] if isinstance(body, bytes) else body:
         reader.feed(chunk)
@@ -86,7 +86,7 @@ CHAT, ANTHROPIC, RESPONSES, GEMINI = priced(19, 10, 4), priced(62, 15, 30), pric
         ),
     ],
 )
-def test_json(body, expected):
+def test_usage_of_a_json_answer(body, expected):
     assert usage(compact(body)) == expected
 
 
@@ -100,23 +100,23 @@ def test_json(body, expected):
     ],
     ids=".".join,
 )
-def test_figures_are_integers(place, value):
+def test_figures_that_are_not_integers_make_the_usage_unknown(place, value):
     body = json.loads(json.dumps(CHAT_BODY))
     target = body["usage"]
     for name in place[:-1]:
         target = target[name]
     target[place[-1]] = value
     assert usage(compact(body)) is None
-    # In a stream it is the last statement that counts, and so it is if that is not one.
+    # In a stream the last figures count, even if they are not valid.
     assert usage([*CHAT_STREAM[:-1], event({"usage": body["usage"]}), DONE], EVENTS) is None
 
 
-def test_more_cached_tokens_than_tokens_are_not_figures():
+def test_more_cached_tokens_than_tokens_make_the_usage_unknown():
     body = {"usage": {"prompt_tokens": 5, "completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 6}}}
     assert usage(compact(body)) is None
 
 
-def test_a_cost_that_no_database_holds_is_unknown():
+def test_a_cost_that_does_not_fit_a_database_is_unknown():
     most = 2**63 - 1
     body = compact({"usage": {"prompt_tokens": most, "completion_tokens": 0}})
     assert usage(body, input=1) == Usage(most, most, 0)
@@ -163,7 +163,7 @@ def test_a_cost_that_no_database_holds_is_unknown():
         ),
     ],
 )
-def test_streams(stream, expected):
+def test_usage_of_a_stream(stream, expected):
     assert usage(stream, EVENTS) == expected
 
 
@@ -184,7 +184,7 @@ def test_streams(stream, expected):
         pytest.param(GEMINI_STREAM, True, False, id="Gemini, all"),
     ],
 )
-def test_when_a_stream_has_said_all(chunks, final, complete):
+def test_when_the_usage_of_a_stream_is_final(chunks, final, complete):
     reader = LLMUsage(most=MOST).reader(200, EVENTS)
     for chunk in chunks:
         reader.feed(chunk)
@@ -215,7 +215,7 @@ def test_when_a_stream_has_said_all(chunks, final, complete):
         pytest.param([*EVENTS, ("Content-Encoding", "zstd")], b"".join(CHAT_STREAM), None, id="events in zstd"),
     ],
 )
-def test_the_kind_of_an_answer(headers, body, expected):
+def test_content_type_and_coding_decide_what_is_read(headers, body, expected):
     assert usage(body, headers) == expected
 
 
@@ -236,7 +236,7 @@ COUNTS = {"usage": {"prompt_tokens": 3, "completion_tokens": 2, "prompt_tokens_d
         pytest.param({"input": Fraction(1, 3), "output": Fraction(1, 2), "cached": Fraction(1, 7)}, 2, id="fractions"),
     ],
 )
-def test_prices(prices, units):
+def test_prices_are_added_and_rounded_up_once(prices, units):
     reader = LLMUsage(most=MOST, **prices).reader(200, JSON)
     reader.feed(compact(COUNTS))
     assert reader.result(ended=True) == Usage(units, 3, 2)
@@ -277,7 +277,7 @@ def test_prices_are_exact(fresh, cached, output, prices):
         (7, 2),
     ],
 )
-def test_prices_of_a_model(model, units):
+def test_a_model_has_the_price_of_its_name_without_a_version(model, units):
     models = {
         "gpt-4o": Prices(input=10, output=10),
         "gpt-4o-mini": Prices(input=3, output=4),
@@ -310,7 +310,7 @@ def test_prices_of_a_model(model, units):
     ],
     ids=str,
 )
-def test_arguments_of_the_wrong_type(arguments):
+def test_arguments_of_the_wrong_type_are_refused(arguments):
     with pytest.raises(TypeError):
         LLMUsage(**{"most": MOST, **arguments})
 
@@ -318,12 +318,12 @@ def test_arguments_of_the_wrong_type(arguments):
 @pytest.mark.parametrize(
     "arguments", [{"input": -1}, {"output": Fraction(-1, 2)}, {"most": -1}, {"least": MOST + 1}], ids=str
 )
-def test_arguments_out_of_range(arguments):
+def test_arguments_out_of_range_are_refused(arguments):
     with pytest.raises(ValueError, match="must"):
         LLMUsage(**{"most": MOST, **arguments})
 
 
-def test_bounds():
+def test_most_is_reserved_and_at_least_least():
     assert (LLMUsage(most=MOST).most({}), LLMUsage(most=MOST).least({})) == (MOST, MOST)
     assert LLMUsage(most=MOST, least=5).least({}) == 5
 
@@ -350,7 +350,7 @@ JSON_VALUES = st.recursive(
 
 
 @given(messages=st.lists(JSON_VALUES, max_size=5))
-def test_nothing_that_a_service_says_fails(messages):
+def test_no_answer_of_a_service_raises(messages):
     figures = Figures()
     for message in messages:
         figures.take_event(message)
@@ -361,7 +361,7 @@ def test_nothing_that_a_service_says_fails(messages):
         assert result is None or isinstance(result, Usage)
 
 
-def test_a_filtered_stream_has_what_an_unfiltered_one_has():
+def test_a_stream_is_measured_although_its_usage_is_removed():
     cost = LLMUsage(most=MOST)
     reader = cost.reader_of_request([*EVENTS, ("Content-Length", "999")], None, asked=True)
     assert reader.answer_headers == EVENTS

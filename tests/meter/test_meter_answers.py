@@ -1,4 +1,4 @@
-"""How answers pass through the meter: what a server and an application see of it."""
+"""How answers pass through the meter, as a server and an application see it."""
 
 import io
 from wsgiref.util import FileWrapper
@@ -7,7 +7,7 @@ from wsgiref.validate import validator
 import pytest
 from client import ask, environ
 from llm_answers import CHAT_BODY, CHAT_STREAM, DONE, USAGE_CHUNK, chat_chunk, compact, event
-from metering import KEY, Host, Served
+from metering import KEY, Host
 
 from usage_middleware import FromHeader, LLMUsage, Usage
 
@@ -19,7 +19,7 @@ LLM = LLMUsage(most=500)
 
 
 class Costly:
-    """A cost that counts bytes: the reader of a host."""
+    """A cost of the host's own, which counts bytes."""
 
     complete = False
 
@@ -40,7 +40,7 @@ class Costly:
 
 
 def balance_at_each_chunk(metered, served):
-    """What a client that asks for its balance after each chunk reads, the end included."""
+    """Return what is used after each chunk and at the end, as a client would read it."""
     used = []
     while True:
         try:
@@ -53,7 +53,7 @@ def balance_at_each_chunk(metered, served):
 @pytest.mark.parametrize(
     ("cost", "chunks", "headers", "used"),
     [
-        pytest.param(3, [b"a", b"b", b"c"], [], [3, 3, 3, 3], id="the amount reserved is that of the end"),
+        pytest.param(3, [b"a", b"b", b"c"], [], [3, 3, 3, 3], id="fixed: reserved as it is charged"),
         pytest.param(HEADER, [b"a", b"b"], [STATED], [7, 7, 7], id="stated: before the first chunk"),
         pytest.param(HEADER, [b"", b"a"], [STATED], [500, 7, 7], id="not before an empty chunk"),
         pytest.param(
@@ -75,7 +75,7 @@ def balance_at_each_chunk(metered, served):
         ),
     ],
 )
-def test_it_is_settled_before_the_last_byte(metered, cost, chunks, headers, used):
+def test_a_request_is_settled_before_its_last_byte(metered, cost, chunks, headers, used):
     app = Host(chunks)
     app.headers = headers
     metered = metered(app, cost=cost)
@@ -98,7 +98,7 @@ def test_it_is_settled_before_the_last_byte(metered, cost, chunks, headers, used
         (LLM, [], [JSON], 500),
     ],
 )
-def test_a_list_goes_back_as_it_is_and_settled(metered, kind, cost, chunks, headers, used):
+def test_a_list_is_settled_and_returned_as_it_is(metered, kind, cost, chunks, headers, used):
     chunks = kind(chunks)
 
     def app(environ, start_response):
@@ -111,7 +111,7 @@ def test_a_list_goes_back_as_it_is_and_settled(metered, kind, cost, chunks, head
     assert metered.used == used
 
 
-def test_settled_once_whatever_follows(metered):
+def test_a_request_is_settled_once_whatever_the_server_calls(metered):
     app = Host(CHAT_STREAM)
     app.headers = [EVENTS]
     metered = metered(app, cost=LLM)
@@ -126,7 +126,7 @@ def test_settled_once_whatever_follows(metered):
     assert app.closed == 1
 
 
-def test_close_goes_to_the_iterable_and_comes_before_the_settle(metered):
+def test_the_iterable_is_closed_before_the_request_is_settled(metered):
     order = []
 
     class Answer:
@@ -146,7 +146,7 @@ def test_close_goes_to_the_iterable_and_comes_before_the_settle(metered):
     assert metered.used == 0
 
 
-def test_what_close_raises_is_raised_and_settled(metered):
+def test_an_error_in_close_is_raised_after_settling(metered):
     class Answer:
         def __iter__(self):
             return iter([b"a"])
@@ -164,8 +164,8 @@ def test_what_close_raises_is_raised_and_settled(metered):
     assert metered.settled() == (1, "reserved", "abandoned")
 
 
-def test_an_answer_that_is_closed_before_it_is_asked_for_anything(metered):
-    """A generator in our place would never reach its own close()."""
+def test_an_answer_that_is_closed_unread_is_settled(metered):
+    """Closing a generator that was not started runs none of its code, so the iterable must not be one."""
     app = Host()
     metered = metered(app)
     metered.serve().close()
@@ -173,7 +173,7 @@ def test_an_answer_that_is_closed_before_it_is_asked_for_anything(metered):
     assert metered.settled() == (1, "reserved", "abandoned")
 
 
-def test_an_answer_whose_head_never_came(metered):
+def test_an_answer_that_is_closed_before_its_head_is_settled(metered):
     app = Host(late=True)
     metered = metered(app, abandoned="free")
     metered.serve().close()
@@ -188,7 +188,7 @@ def test_an_answer_without_any_head_is_a_failure(metered):
     assert metered.settled() == (0, "free", "failed")
 
 
-def test_an_iterable_that_cannot_be_iterated_over(metered):
+def test_an_iterable_that_cannot_be_iterated_over_is_a_failure(metered):
     class Broken:
         def __iter__(self):
             raise ValueError("no iterator")
@@ -219,13 +219,13 @@ def test_the_head_passes_as_it_is(metered):
 
     metered = metered(app, cost=HEADER)
     metered.meter(environ("GET", "/", HTTP_AUTHORIZATION=f"Bearer {KEY}"), start_response)
-    # No third argument, which not every server takes, and the very list.
+    # There is no third argument, which not every server accepts, and the list is the same object.
     assert given == [("299 Whatever It Was", headers)]
     assert given[0][1] is headers
 
 
 @pytest.mark.parametrize("name", ["X-Usage-Cost", "x-usage-cost", "X_Usage_Cost"])
-def test_the_cost_header_is_taken_out(metered, name):
+def test_the_cost_header_is_removed_from_request_and_answer(metered, name):
     app = Host(headers=[(name, "7"), ("X-Other", "1")])
     metered = metered(app, cost=HEADER)
     served = metered.serve(HTTP_X_USAGE_COST="0")
@@ -235,8 +235,8 @@ def test_the_cost_header_is_taken_out(metered, name):
     assert metered.used == 7
 
 
-def test_a_head_that_is_replaced(metered):
-    """PEP 3333: until the first chunk of the body an application may begin another answer."""
+def test_the_head_may_be_replaced_before_the_first_chunk(metered):
+    """Until the first chunk of the body, an application may begin another answer (PEP 3333)."""
 
     def app(environ, start_response):
         start_response("200 OK", [STATED])
@@ -256,7 +256,7 @@ def test_a_head_that_is_replaced(metered):
     assert metered.settled() == (2, "stated", "failed")
 
 
-def test_a_head_that_can_no_longer_be_replaced(metered):
+def test_the_head_cannot_be_replaced_after_the_first_chunk(metered):
     def app(environ, start_response):
         start_response("200 OK", [STATED])
         yield b"begun"
@@ -271,11 +271,11 @@ def test_a_head_that_can_no_longer_be_replaced(metered):
     with pytest.raises(ValueError, match="an error"):
         served.finish()
     assert served.written == [b"begun"]
-    # What was handed on was settled with it.
+    # It was settled before the first chunk was passed on.
     assert metered.settled() == (7, "stated", "completed")
 
 
-def test_what_is_written_is_read_too(metered):
+def test_what_write_sends_is_measured_too(metered):
     cost = Costly()
 
     def app(environ, start_response):
@@ -291,7 +291,7 @@ def test_what_is_written_is_read_too(metered):
     assert metered.settled() == (11, "measured", "completed")
 
 
-def test_it_is_settled_before_the_last_byte_is_written(metered):
+def test_a_request_is_settled_before_its_last_byte_is_written(metered):
     used = []
 
     def app(environ, start_response):
@@ -306,7 +306,7 @@ def test_it_is_settled_before_the_last_byte_is_written(metered):
     assert used == [500, 6]
 
 
-def test_a_server_without_write(metered):
+def test_a_server_needs_no_write(metered):
     def app(environ, start_response):
         assert start_response("200 OK", []) is None
         return [b"a"]
@@ -330,7 +330,7 @@ def test_a_server_without_write(metered):
         pytest.param(Costly(), [JSON], len(compact(CHAT_BODY)), False, id="a cost of the host"),
     ],
 )
-def test_a_file(metered, cost, headers, units, is_same):
+def test_a_file_is_left_to_the_server_unless_it_is_measured(metered, cost, headers, units, is_same):
     def app(environ, start_response):
         start_response("200 OK", headers)
         return environ["wsgi.file_wrapper"](io.BytesIO(compact(CHAT_BODY)))
@@ -339,7 +339,7 @@ def test_a_file(metered, cost, headers, units, is_same):
     served = metered.serve(**{"wsgi.file_wrapper": FileWrapper})
     assert isinstance(served.result, FileWrapper) is is_same
     if is_same:
-        # The server sends it without us.
+        # The server sends the file without another call of the meter.
         assert metered.used == units
     assert served.finish() == compact(CHAT_BODY)
     assert metered.used == units
@@ -369,7 +369,7 @@ def asked(metered, app, body=STREAM, cost=ASKING, **variables):
 
 
 @pytest.mark.parametrize("cut", [None, 1, 7, 50, 333])
-def test_the_usage_is_asked_for_and_taken_out(metered, cut):
+def test_the_usage_is_asked_for_and_removed(metered, cut):
     data = b"".join(CHAT_STREAM)
     chunks = CHAT_STREAM if cut is None else [data[at : at + cut] for at in range(0, len(data), cut)]
     app = Host(chunks, headers=[("Content-Length", str(len(data)))])
@@ -384,7 +384,7 @@ def test_the_usage_is_asked_for_and_taken_out(metered, cut):
         used.append(metered.token.total_used)
     served.close()
     assert b"".join(received) == data.replace(event(USAGE_CHUNK), b"")
-    # The client is not promised what it does not get.
+    # Without the usage, the announced length would be wrong, so the header is removed.
     assert served.headers == [EVENTS]
     assert metered.settled() == (29, "measured", "completed")
     assert used[-1] == 29
@@ -411,7 +411,7 @@ def test_the_rest_comes_at_the_end_and_after_the_settle(metered):
         served.next()
 
 
-def test_a_list_of_events(metered):
+def test_the_usage_is_removed_from_a_list_of_events(metered):
     def app(environ, start_response):
         start_response("200 OK", [EVENTS])
         return list(CHAT_STREAM)
@@ -441,7 +441,7 @@ def test_an_error_does_not_lose_its_body(metered):
 # --- Hosts that fail
 
 
-def test_a_reader_that_fails(metered, caplog):
+def test_a_request_whose_reader_fails_is_charged_what_was_reserved(metered, caplog):
     for method, phase in (("reader", 0), ("feed", 1), ("result", 2)):
 
         class Broken(Costly):
@@ -458,7 +458,7 @@ def test_a_reader_that_fails(metered, caplog):
         caplog.clear()
 
 
-def test_conformance(metered):
+def test_the_meter_conforms_to_pep_3333(metered):
     """wsgiref.validate on both sides of the meter."""
     app = Host([b"a", b"b"])
     metered = metered(app, cost=HEADER, model="m")
@@ -479,7 +479,3 @@ def test_chunks_are_the_same_objects(metered):
     metered = metered(app, cost=LLM)
     served = metered.serve()
     assert all(served.next() is chunk for chunk in chunks)
-
-
-def test_a_request_is_served_by_the_class_that_tests_use(metered):
-    assert isinstance(metered().serve(), Served)

@@ -1,4 +1,4 @@
-"""Workers that are stopped or killed in the middle of streams, and many clients at once."""
+"""Workers that are stopped or killed in the middle of a stream, and many clients at once."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def client_of_streams(front, path, key, until, bodies):
         bodies.append(received)
 
 
-def test_workers_that_are_killed(tmp_path, full):
-    """kill -9: nothing is charged twice, and what was never settled is given back after its time."""
+def test_killed_workers_charge_nothing_twice_and_their_reservations_lapse(tmp_path, full):
+    """What was never settled is released when it lapses."""
     kills = 60 if full else 6
     random_ = random.Random(1)
     with Front("gunicorn", tmp_path, TWO_WORKERS, EXPIRES_IN=str(EXPIRES_IN)).running() as front:
@@ -58,18 +58,18 @@ def test_workers_that_are_killed(tmp_path, full):
         until.set()
         for client in clients:
             client.join()
-    # Those of the last worker that was killed have not lapsed yet. An operator sees them.
+    # The reservations of the last worker that was killed have not lapsed yet. An operator sees them.
     with SQLiteTokenStore(front.database) as store:
         operations = list(store.history(token_id))
         settled = [o for o in operations if not o.is_open]
         assert {o.final_amount for o in settled} <= {CHAT, MOST, 0}
-        # Whoever read a stream to its end has been charged for it, and for that alone.
+        # Each client that read a stream to its end has been charged for it, once.
         whole = sum(b"[DONE]" in body for body in bodies)
         assert whole <= sum(o.final_amount == CHAT for o in settled) <= len(bodies)
         assert len(settled) < len(operations)
         assert {o.id for o in store.open_reservations()} <= {o.id for o in operations if o.is_open}
     with SQLiteTokenStore(front.database, clock=lambda: time.time() + EXPIRES_IN + 1) as store:
-        # A later request finds all of it given back.
+        # A later request releases all of them.
         token = store.charge(key, 1)
         assert token.held == 0
         assert token.total_used == sum(o.final_amount for o in settled) + 1
@@ -77,8 +77,8 @@ def test_workers_that_are_killed(tmp_path, full):
         assert not list(store.open_reservations())
 
 
-def test_a_worker_whose_time_is_up(tmp_path):
-    """gunicorn stops a worker that does not answer: the holder of the key does not pay for that."""
+def test_a_worker_that_times_out_charges_nothing(tmp_path):
+    """gunicorn stops a worker that does not answer in time. The holder of the key does not pay for that."""
     with Front("gunicorn", tmp_path, IMPATIENT).running() as front:
         key, token_id = front.token()
         with socket.create_connection(("127.0.0.1", front.port), timeout=WAIT) as client, suppress(OSError):
@@ -90,8 +90,8 @@ def test_a_worker_whose_time_is_up(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gunicorn-gthread", "gunicorn-gevent"])
-def test_a_server_that_is_stopped(tmp_path, name):
-    """SIGTERM in the middle of a stream, which the server lets come to its end."""
+def test_a_stream_that_runs_during_a_shutdown_is_charged(tmp_path, name):
+    """After SIGTERM, the server lets a stream that is running come to its end."""
     with Front(name, tmp_path).running() as front:
         key, token_id = front.token()
         client = socket.create_connection(("127.0.0.1", front.port), timeout=WAIT)
@@ -112,8 +112,8 @@ def test_a_server_that_is_stopped(tmp_path, name):
         pytest.param("/direct/llm/events", 4 * MOST, CHAT, id="measured"),
     ],
 )
-def test_clients_at_once(tmp_path, name, path, total, each):
-    """64 clients on a token that allows half of them, or more, as reservations are given back: never overdrawn."""
+def test_many_clients_at_once_never_overdraw_a_token(tmp_path, name, path, total, each):
+    """The token allows half of 64 clients, or more of them if they cost less than they reserve."""
     with Front(name, tmp_path).running() as front:
         key, token_id = front.token(total)
         barrier = threading.Barrier(64)

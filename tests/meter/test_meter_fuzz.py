@@ -1,4 +1,4 @@
-"""A hostile service, a hostile client: nothing is unhandled, each request is settled once, memory is bounded."""
+"""A hostile service or client: no error is unhandled, each request is settled once, and memory is bounded."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ chunks = st.lists(st.sampled_from(PIECES) | st.binary(max_size=50), max_size=8)
     method=st.sampled_from(["GET", "HEAD", "POST"]),
     abandoned=st.sampled_from(["reserved", "measured", "free"]),
 )
-def test_any_answer(cost, status, head, chunks, how, end, method, abandoned):
+def test_any_answer_is_settled_once(cost, status, head, chunks, how, end, method, abandoned):
     def body():
         yield from chunks
         if end == "raise":
@@ -167,7 +167,7 @@ json_text = st.recursive(
     ),
     path=latin1,
 )
-def test_any_request(body, length, kind, variables, path):
+def test_any_request_is_settled_once_or_refused(body, length, kind, variables, path):
     def app(environ, start_response):
         environ["wsgi.input"].read()
         start_response("200 OK", [])
@@ -211,7 +211,7 @@ def test_any_request(body, length, kind, variables, path):
         pytest.param("video/mp4", b"x" * 16_000, id="another type"),
     ],
 )
-def test_a_long_answer_in_little_memory(full, cost, kind, piece):
+def test_a_long_answer_takes_little_memory(full, cost, kind, piece):
     size = (1024 if full else 24) * 2**20
 
     def app(environ, start_response):

@@ -1,4 +1,4 @@
-"""Which requests the meter lets through, what the application sees of them, and what the others are told."""
+"""Which requests the meter lets through, what the application sees of them, and how the others are refused."""
 
 import dataclasses
 import io
@@ -26,7 +26,7 @@ OTHER = "o" * 20
 
 
 def refusal(served):
-    """The status, the code and the type of a refusal, whose form is checked."""
+    """Check the form of a refusal, and return its status, its code and its type."""
     headers = {name.lower(): value for name, value in served.headers}
     body = served.finish()
     assert headers["content-type"] == "application/json; charset=utf-8"
@@ -63,7 +63,7 @@ def headers_of(served):
         pytest.param(f"Bearer {OTHER}", 'Bearer error="invalid_token"', id="unknown"),
     ],
 )
-def test_without_a_valid_key(metered, authorization, challenge):
+def test_a_request_without_a_valid_key_is_refused(metered, authorization, challenge):
     metered = metered()
     variables = {} if authorization is None else {"HTTP_AUTHORIZATION": authorization}
     served = metered.serve(key=None, **variables)
@@ -73,7 +73,7 @@ def test_without_a_valid_key(metered, authorization, challenge):
     assert metered.used == 0
 
 
-def test_unknown_and_disabled_are_alike(metered):
+def test_unknown_and_disabled_keys_get_the_same_answer(metered):
     metered = metered()
     _, other = metered.store.create(key=OTHER, total_available=5)
     metered.store.update(other.id, enabled=False)
@@ -83,7 +83,7 @@ def test_unknown_and_disabled_are_alike(metered):
     assert refusal(disabled) == (401, "invalid_api_key", "authentication_error")
 
 
-def test_expired(metered):
+def test_an_expired_key_is_refused(metered):
     metered = metered()
     metered.store.update(metered.token_id, expires_at=1)
     served = metered.serve()
@@ -92,7 +92,7 @@ def test_expired(metered):
     assert metered.used == 0
 
 
-def test_used_up(metered):
+def test_a_used_up_key_is_refused(metered):
     metered = metered(cost=3, total_available=2)
     served = metered.serve()
     assert refusal(served) == (402, "insufficient_quota", "billing_error")
@@ -104,7 +104,7 @@ def test_used_up(metered):
 @pytest.mark.parametrize(
     ("status", "line"), [(402, "402 Payment Required"), (403, "403 Forbidden"), (429, "429 Too Many Requests")]
 )
-def test_the_status_of_used_up(metered, status, line):
+def test_the_status_for_a_used_up_key_can_be_chosen(metered, status, line):
     metered = metered(total_available=0, exhausted_status=status)
     served = metered.serve()
     assert refusal(served)[1] == "insufficient_quota"
@@ -120,7 +120,7 @@ def test_the_status_of_used_up(metered, status, line):
         pytest.param(2, 2, 402, "insufficient_quota", id="too little was there in any case"),
     ],
 )
-def test_open_reservations_hold_the_rest(metered, available, held, status, code):
+def test_quota_that_open_reservations_hold_is_worth_a_retry(metered, available, held, status, code):
     metered = metered(cost=3, total_available=available)
     metered.store.reserve(KEY, held)
     served = metered.serve()
@@ -138,7 +138,7 @@ def test_a_client_that_waits_for_a_reservation_succeeds(metered):
     assert metered.serve().status == 200
 
 
-def test_models(metered):
+def test_model_limits_are_enforced(metered):
     metered = metered(cost=3, model=requested_model)
     metered.store.update(metered.token_id, model_limits={"small": 5, "free": True}, model_limits_enabled=True)
     for model, expected in (("small", 200), ("large", 403), ("small", 402), ("free", 200), ("small", 402)):
@@ -150,7 +150,7 @@ def test_models(metered):
     assert {s.model for s in metered.settlements} == {"small", "free"}
 
 
-def test_a_fixed_model(metered):
+def test_a_fixed_model_is_charged(metered):
     metered = metered(model="one")
     metered.serve().finish()
     assert metered.settlement.model == "one"
@@ -168,7 +168,7 @@ def test_a_fixed_model(metered):
         pytest.param(b'{"a":"' + b"x" * 2**25 + b'"}', 413, "request_too_large", id="32 MiB"),
     ],
 )
-def test_a_body_that_is_not_taken(metered, body, status, code):
+def test_a_body_without_a_readable_model_is_refused(metered, body, status, code):
     metered = metered(model=requested_model)
     served = metered.serve("POST", body=body, CONTENT_TYPE="application/json")
     assert refusal(served)[:2] == (status, code)
@@ -176,7 +176,7 @@ def test_a_body_that_is_not_taken(metered, body, status, code):
     assert metered.used == 0
 
 
-def test_a_body_without_a_length(metered):
+def test_a_body_without_a_length_or_with_a_coding_is_refused(metered):
     served = metered(model=requested_model).serve("POST", HTTP_TRANSFER_ENCODING="chunked")
     assert refusal(served)[:2] == (411, "invalid_request")
     served = metered(model=requested_model, key=OTHER).serve(
@@ -198,7 +198,7 @@ def test_the_body_of_a_client_without_a_key_is_not_read(metered):
         assert served.status == 401
 
 
-def test_what_a_function_of_the_host_refuses(metered):
+def test_a_function_of_the_host_may_refuse(metered):
     from werkzeug.exceptions import Conflict, NotFound
 
     def model(environ):
@@ -209,7 +209,7 @@ def test_what_a_function_of_the_host_refuses(metered):
     assert metered.serve(path="/b").status == 409
 
 
-def test_head_has_no_body(metered):
+def test_a_refusal_of_head_has_no_body(metered):
     metered = metered()
     served, get = metered.serve("HEAD", key=None), metered.serve("GET", key=None)
     assert served.heads == get.heads
@@ -217,7 +217,7 @@ def test_head_has_no_body(metered):
     assert get.finish()
 
 
-def test_origins(store):
+def test_refusals_have_cors_headers_for_the_listed_origins(store):
     metered = Metered(store, allow_origins=["https://app.example"])
     for origin, allowed in (
         ("https://app.example", "https://app.example"),
@@ -240,7 +240,7 @@ def test_guessing_is_throttled(store):
         assert served.status == expected
     assert refusal(served) == (429, "rate_limit_exceeded", "rate_limit_error")
     assert int(headers_of(served)["retry-after"]) > 0
-    # Nor is the one who holds a key kept out, nor the one who has forgotten it.
+    # A valid key is not throttled, nor is a request without a key.
     assert metered.serve(REMOTE_ADDR="192.0.2.1").status == 200
     assert metered.serve(key=None, REMOTE_ADDR="192.0.2.1").status == 401
 
@@ -249,7 +249,7 @@ def test_guessing_is_throttled(store):
 
 
 class Broken(MemoryTokenStore):
-    """A store whose methods fail, of those that are named."""
+    """A store whose named methods fail."""
 
     def __init__(self, *methods):
         super().__init__()
@@ -269,7 +269,7 @@ class Broken(MemoryTokenStore):
 
 
 @pytest.mark.parametrize("method", ["get", "reserve"])
-def test_a_store_that_fails(method, caplog):
+def test_a_request_is_refused_if_the_store_fails(method, caplog):
     app = Host()
     served = Served(UsageMeter(app, Broken(method)))
     assert refusal(served) == (503, "service_unavailable", "api_error")
@@ -281,7 +281,7 @@ def test_a_store_that_fails(method, caplog):
 
 @pytest.mark.parametrize("method", ["get", "reserve"])
 @pytest.mark.parametrize("chunks", [[b"a", b"b"], None])
-def test_fail_open(method, chunks, caplog):
+def test_fail_open_serves_requests_if_the_store_fails(method, chunks, caplog):
     settled = []
     app = Host(chunks, headers=[("X-Usage-Cost", "5")])
 
@@ -308,7 +308,7 @@ def test_fail_open(method, chunks, caplog):
     app.environ["usage_middleware.charge"](5)
     assert not settled
     assert len(caplog.records) == 1
-    # A key is needed all the same.
+    # A key is still needed.
     assert Served(meter, key=None).status == 401
 
 
@@ -322,7 +322,7 @@ def test_fail_open_is_not_for_refusals():
 # --- What passes, and how
 
 
-def test_what_the_application_finds(metered):
+def test_the_application_finds_the_token_and_the_operation(metered):
     metered = metered(cost=3)
     served = metered.serve()
     found = metered.app.environ
@@ -368,8 +368,8 @@ def test_an_exempt_answer_is_the_same_object(metered):
         pytest.param({"HTTP_X_API_KEY": f"sk-{KEY}"}, KEY, id="Anthropic"),
         pytest.param({"HTTP_X_API_KEY": f" {KEY}\t"}, KEY, id="white space"),
         pytest.param({"HTTP_X_GOOG_API_KEY": KEY}, KEY, id="Gemini"),
-        pytest.param({"HTTP_AUTHORIZATION": f"Bearer {KEY}", "HTTP_X_API_KEY": OTHER}, KEY, id="OpenAI's goes before"),
-        pytest.param({"HTTP_X_API_KEY": KEY, "HTTP_X_GOOG_API_KEY": OTHER}, KEY, id="Anthropic's goes before"),
+        pytest.param({"HTTP_AUTHORIZATION": f"Bearer {KEY}", "HTTP_X_API_KEY": OTHER}, KEY, id="OpenAI's comes first"),
+        pytest.param({"HTTP_X_API_KEY": KEY, "HTTP_X_GOOG_API_KEY": OTHER}, KEY, id="Anthropic's before Gemini's"),
         pytest.param({"HTTP_AUTHORIZATION": "Basic abc", "HTTP_X_API_KEY": KEY}, None, id="another scheme"),
         pytest.param({"HTTP_AUTHORIZATION": "", "HTTP_X_API_KEY": KEY}, KEY, id="empty"),
         pytest.param({"HTTP_X_API_KEY": f"{KEY},{KEY}"}, None, id="two"),
@@ -378,7 +378,7 @@ def test_an_exempt_answer_is_the_same_object(metered):
         pytest.param({}, None, id="none"),
     ],
 )
-def test_the_key_of_an_llm_client(store, headers, found):
+def test_llm_key_finds_the_key_in_the_headers_of_each_client(store, headers, found):
     assert llm_key(environ(**headers)) == found
     metered = Metered(store, find_key=llm_key, forward_key=False)
     served = metered.serve(key=None, HTTP_USER_AGENT="client", **headers)
@@ -392,7 +392,7 @@ def test_the_key_of_an_llm_client(store, headers, found):
         assert headers_of(served)["www-authenticate"] == "Bearer"
 
 
-def test_a_malformed_key_in_another_header_is_a_guess(store):
+def test_a_malformed_key_in_another_header_counts_as_a_failure(store):
     metered = Metered(store, find_key=llm_key, throttle="1 per 30 days")
     statuses = [metered.serve(key=None, HTTP_X_API_KEY="a b", REMOTE_ADDR="192.0.2.1").status for _ in range(2)]
     assert statuses == [401, 429]
@@ -406,7 +406,7 @@ def test_a_malformed_key_in_another_header_is_a_guess(store):
         pytest.param("h", {"HTTP_X_KEY": "sk-h", "HTTP_HOST": "hh"}, {"HTTP_HOST"}, id="short"),
     ],
 )
-def test_the_header_that_held_the_key(store, key, headers, left):
+def test_every_header_with_the_key_is_removed(store, key, headers, left):
     store.create(key="sk-" + key, total_available=5)
     app = Host()
     served = Served(UsageMeter(app, store, key=lambda environ: key, forward_key=False), key=None, **headers)
@@ -432,7 +432,7 @@ def test_the_header_that_held_the_key(store, key, headers, left):
         ("gzipped", "identity"),
     ],
 )
-def test_codings_that_cannot_be_read_are_not_asked_for(metered, sent, seen):
+def test_codings_that_cannot_be_read_are_not_requested(metered, sent, seen):
     metered = metered()
     metered.serve(**({} if sent is None else {"HTTP_ACCEPT_ENCODING": sent}))
     assert metered.app.environ["HTTP_ACCEPT_ENCODING"] == seen
@@ -448,7 +448,7 @@ def test_less_is_reserved_if_no_more_is_left(metered):
     assert metered.serve().status == 402
 
 
-def test_a_cost_of_the_host(metered):
+def test_a_host_may_have_a_cost_of_its_own(metered):
     class PerPath(PerRequest):
         def most(self, environ):
             return len(environ["PATH_INFO"])
@@ -461,7 +461,7 @@ def test_a_cost_of_the_host(metered):
 
 
 @pytest.mark.parametrize(("most", "least", "error"), [("5", 5, TypeError), (-1, -1, ValueError), (1, 2, ValueError)])
-def test_a_cost_of_the_host_that_is_wrong_is_an_error_of_the_host(metered, most, least, error):
+def test_wrong_bounds_of_a_cost_are_raised_to_the_host(metered, most, least, error):
     class Wrong(PerRequest):
         def most(self, environ):
             return most
@@ -475,7 +475,7 @@ def test_a_cost_of_the_host_that_is_wrong_is_an_error_of_the_host(metered, most,
     assert metered.used == 0
 
 
-def test_the_reservation_lapses(tmp_path):
+def test_the_reservation_lapses_after_expires_in(tmp_path):
     with MemoryTokenStore() as store:
         metered = Metered(store, expires_in=1234)
         metered.serve()
@@ -512,7 +512,7 @@ def test_the_reservation_lapses(tmp_path):
     ],
     ids=str,
 )
-def test_arguments(arguments, error):
+def test_bad_arguments_are_refused(arguments, error):
     arguments = {"app": Host(), "store": MemoryTokenStore(), **arguments}
     with pytest.raises(error):
         UsageMeter(arguments.pop("app"), arguments.pop("store"), **arguments)

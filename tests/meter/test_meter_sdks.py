@@ -30,7 +30,7 @@ MESSAGES = [{"role": "user", "content": "Hello"}]
 
 
 def service(environ, start_response):
-    """Answers as OpenAI and Anthropic do."""
+    """Answer as OpenAI and Anthropic do."""
     body = json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
     path = environ["PATH_INFO"]
     if path == "/v1/chat/completions":
@@ -115,7 +115,7 @@ def claude(metered):
         yield client
 
 
-def test_chat(metered, gpt):
+def test_a_chat_completion_is_charged(metered, gpt):
     answer = gpt.chat.completions.create(model="gpt-4o", messages=MESSAGES)
     assert answer.choices[0].message.content == "Hello"
     assert answer.usage.total_tokens == metered.used == 29
@@ -123,7 +123,7 @@ def test_chat(metered, gpt):
 
 
 @pytest.mark.parametrize("options", [{}, {"stream_options": {"include_usage": False}}])
-def test_a_stream_of_a_client_that_has_not_asked(metered, gpt, options):
+def test_a_client_that_does_not_ask_for_usage_gets_none(metered, gpt, options):
     text = ""
     for chunk in gpt.chat.completions.create(model="gpt-4o", messages=MESSAGES, stream=True, **options):
         text += chunk.choices[0].delta.content or ""  # as many programs do
@@ -132,7 +132,7 @@ def test_a_stream_of_a_client_that_has_not_asked(metered, gpt, options):
     assert metered.used == 29
 
 
-def test_a_stream_of_a_client_that_has_asked(metered, gpt):
+def test_a_client_that_asks_for_usage_gets_it(metered, gpt):
     stream = gpt.chat.completions.create(
         model="gpt-4o", messages=MESSAGES, stream=True, stream_options={"include_usage": True}
     )
@@ -140,34 +140,34 @@ def test_a_stream_of_a_client_that_has_asked(metered, gpt):
     assert metered.used == 29
 
 
-def test_the_balance_within_a_stream(metered, gpt):
-    """Once the client has seen the end, the endpoint says what it was."""
+def test_a_stream_is_charged_before_the_client_sees_its_end(metered, gpt):
+    """When the client has seen the end, the endpoint already has the final total."""
     stream = gpt.chat.completions.create(model="gpt-4o", messages=MESSAGES, stream=True)
     for _ in stream:
         pass
     assert metered.token.total_used == 29
 
 
-def test_a_client_that_breaks_off(metered, gpt):
+def test_a_client_that_stops_reading_is_charged(metered, gpt):
     with gpt.chat.completions.create(model="gpt-4o", messages=MESSAGES, stream=True) as stream:
         next(iter(stream))
     gpt.chat.completions.create(model="gpt-4o", messages=MESSAGES)
     assert metered.used in (29 + 29, MOST + 29)
 
 
-def test_responses(metered, gpt):
+def test_responses_are_charged(metered, gpt):
     assert gpt.responses.create(model="gpt-4o", input="Hello").usage.total_tokens == 123
     events = list(gpt.responses.create(model="gpt-4o", input="Hello", stream=True))
     assert events[-1].response.usage.total_tokens == 123
     assert metered.used == 246
 
 
-def test_embeddings(metered, gpt):
+def test_embeddings_are_charged(metered, gpt):
     assert gpt.embeddings.create(model="e", input="Hello").data[0].embedding == [1.0]
     assert metered.used == 8
 
 
-def test_messages(metered, claude):
+def test_messages_are_charged(metered, claude):
     answer = claude.messages.create(model="claude-sonnet-4", max_tokens=9, messages=MESSAGES)
     assert answer.content[0].text == "Hello"
     assert metered.used == 77
@@ -192,7 +192,7 @@ class TestRefusals:
             send(request.getfixturevalue(name))
         return caught.value
 
-    def test_used_up(self, request, metered, name, package, send):
+    def test_a_used_up_key_is_not_retried(self, request, metered, name, package, send):
         metered.store.charge(KEY, 9900)
         error = self.refused(request, name, send, package.APIStatusError)
         assert error.status_code == 402
@@ -200,14 +200,14 @@ class TestRefusals:
         assert "used up" in str(error)
         assert metered.requests == 1  # not sent again
 
-    def test_used_up_as_429(self, request, metered, name, package, send):
+    def test_a_used_up_key_is_not_retried_even_as_429(self, request, metered, name, package, send):
         metered.change(exhausted_status=429)
         metered.store.charge(KEY, 9900)
         self.refused(request, name, send, package.RateLimitError)
         assert metered.requests == 1
 
-    def test_the_rest_is_reserved(self, request, metered, name, package, send):
-        """The package waits a second, as it is told, and succeeds."""
+    def test_held_quota_is_retried(self, request, metered, name, package, send):
+        """The package waits a second, as Retry-After says, and succeeds."""
         metered.store.charge(KEY, 9000)
         operation = metered.store.reserve(KEY, 900)
         release = threading.Timer(0.3, metered.store.settle, (operation, 0))
@@ -217,13 +217,13 @@ class TestRefusals:
         assert answer.usage
         assert metered.requests == 2
 
-    def test_a_wrong_key(self, request, metered, name, package, send):
+    def test_a_wrong_key_is_an_authentication_error(self, request, metered, name, package, send):
         metered.store.rotate(metered.token_id)
         error = self.refused(request, name, send, package.AuthenticationError)
         assert "not valid" in str(error)
         assert metered.requests == 1
 
-    def test_a_model_that_is_not_allowed(self, request, metered, name, package, send):
+    def test_a_model_that_is_not_allowed_is_a_permission_error(self, request, metered, name, package, send):
         metered.store.update(metered.token_id, model_limits={"other": True}, model_limits_enabled=True)
         self.refused(request, name, send, package.PermissionDeniedError)
         assert metered.requests == 1

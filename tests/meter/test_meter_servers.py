@@ -1,6 +1,6 @@
 """The meter under real WSGI servers, directly and in front of :class:`Proxy`: what is charged, and when.
 
-What a server cannot do is an expected failure that says why.
+If a server cannot do something, the test is an expected failure whose reason says what.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def front(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
     with Front(request.param, directory).running() as front:
         yield front
-    # What the host or the service raises reaches the server. Nothing else is raised.
+    # The exceptions of the host and of the service reach the server. Nothing else is raised.
     for frames, error in re.findall(r"^.*Traceback .*\n((?: .*\n)+)(\S.*)", front.log, re.MULTILINE):
         expected = ("RuntimeError: before the head", "RuntimeError: after the head", "UpstreamError")
         if front.name == "granian":
@@ -34,14 +34,14 @@ def front(request, tmp_path_factory):
 
 
 def cannot(request, front, reasons):
-    """Expect the failure of a server that cannot do something."""
+    """Expect the test to fail on a server that cannot do something."""
     if front.name in reasons:
         request.applymarker(pytest.mark.xfail(reason=f"{front.name} {reasons[front.name]}", strict=True))
 
 
 @pytest.mark.parametrize("place", ["direct", "proxied"])
 @pytest.mark.parametrize("name", list(ROWS))
-def test_what_is_charged(front, place, name):
+def test_each_row_of_the_table_is_charged(front, place, name):
     row = ROWS[name]
     key, token_id = front.token(MOST)
     path = f"/{place}/{row.cost}/{name}"
@@ -71,7 +71,7 @@ def test_what_is_charged(front, place, name):
 @pytest.mark.parametrize(
     "name", ["list", "chunks", "stated", "json", "json-length", "json-list", "events", "anthropic"]
 )
-def test_the_balance_after_the_last_byte(front, full, place, name):
+def test_the_balance_is_final_after_the_last_byte(front, full, place, name):
     row = ROWS[name]
     key, token_id = front.token(10**6)
     path = f"/{place}/{row.cost}/{name}"
@@ -87,8 +87,8 @@ def test_the_balance_after_the_last_byte(front, full, place, name):
     assert stale == 0, f"{stale} of {count}"
 
 
-def test_requests_on_one_connection(front):
-    """Refusals in between, whose bodies nothing has read."""
+def test_a_connection_goes_on_after_a_refusal(front):
+    """Nothing has read the body of a request that is refused."""
     key, token_id = front.token(10)
     with front.connect() as connection:
         for wanted, target, sent in (
@@ -126,7 +126,7 @@ def test_the_body_of_a_request_reaches_the_host(front):
             assert (answer.status, answer.body) == (200, body)
 
 
-def test_the_usage_is_asked_for(front):
+def test_the_usage_is_asked_for_and_removed(front):
     key, token_id = front.token()
     body = b'{"stream":true,"messages":[]}'
     answer = front.ask("/direct/ask/events", key, b"POST", b"Content-Length: %d" % len(body), body=body)
@@ -134,7 +134,7 @@ def test_the_usage_is_asked_for(front):
     assert [o.final_amount for o in front.settled(token_id)] == [CHAT]
 
 
-def test_a_file(front):
+def test_a_file_is_sent_and_charged(front):
     key, token_id = front.token()
     expected = (TESTS / "support" / "meter" / "metered_app.py").read_bytes()
     for cost, units in (("fixed", FIXED), ("llm", MOST)):
@@ -142,14 +142,14 @@ def test_a_file(front):
         assert front.settled(token_id, 1 if cost == "fixed" else 2)[-1].final_amount == units
 
 
-def test_what_is_written(front, request):
+def test_what_write_sends_is_charged(front, request):
     cannot(request, front, {"granian": "has no write()"})
     key, token_id = front.token()
     assert front.ask("/direct/fixed/write", key).body == b"one two"
     assert front.settled(token_id)[0].final_amount == FIXED
 
 
-def test_a_settle_that_fails(front):
+def test_a_failed_settle_is_logged_and_retried(front):
     key, token_id = front.token()
     broken = front.directory / "tokens.db-broken"
     broken.touch()
@@ -170,8 +170,8 @@ STREAM = b"".join(CHAT_STREAM)
 BEFORE_USAGE = len(b"".join(CHAT_STREAM[:3]))
 
 
-def test_a_client_that_leaves_at_any_byte(front, full):
-    """It pays what was reserved, or once the usage was sent what it comes to; never anything else, never twice."""
+def test_a_client_that_leaves_at_any_byte_is_charged_once(front, full):
+    """It is charged what was reserved, or the usage once that was sent."""
     key, token_id = front.token(10**7)
     steps = range(0, len(STREAM) + 1, 1 if full else 97)
     for at in (*steps, len(STREAM)):
@@ -186,7 +186,7 @@ def test_a_client_that_leaves_at_any_byte(front, full):
         assert operation.final_amount in ((CHAT,) if at >= len(STREAM) else (CHAT, MOST)), at
 
 
-def test_a_slow_service(front):
+def test_a_slow_service_is_charged(front):
     key, token_id = front.token()
     with front.connect() as connection:
         connection.send(request("/direct/llm/slow", key, b"GET", b"Connection: close"))
@@ -195,7 +195,7 @@ def test_a_slow_service(front):
     assert front.settled(token_id)[0].final_amount == CHAT
 
 
-def test_a_slow_client_and_much_to_read(front, full):
+def test_a_large_answer_for_a_slow_client_takes_little_memory(front, full):
     mebibytes = 1024 if full else 32
     key, token_id = front.token()
     with socket.create_connection(("127.0.0.1", front.port), timeout=WAIT) as client:

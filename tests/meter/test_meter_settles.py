@@ -1,4 +1,4 @@
-"""What each outcome of a request is settled with: the table of the meter, row by row."""
+"""What each outcome of a request is charged: the table of the meter, row by row."""
 
 import gzip
 import itertools
@@ -19,7 +19,7 @@ CHAT = 29  # tokens of CHAT_BODY and CHAT_STREAM
 
 
 class Greenlet(BaseException):
-    """Stands for gevent's GreenletExit."""
+    """A stand-in for gevent's GreenletExit."""
 
 
 def host(chunks=(b"a", b"b"), status="200 OK", headers=()):
@@ -83,7 +83,7 @@ CHAT_CHUNKS = [compact(CHAT_BODY)[:20], compact(CHAT_BODY)[20:]]
             (MOST, "reserved", "completed"),
             id="audio",
         ),
-        # 4xx and 5xx: what was stated, else nothing.
+        # 4xx and 5xx: what was stated, otherwise nothing.
         pytest.param(3, host(status="404 Not Found"), (0, "free", "rejected"), id="fixed, 404"),
         pytest.param(3, host(status="500 Oh"), (0, "free", "failed"), id="fixed, 500"),
         pytest.param(HEADER, host(status="404 Not Found", headers=STATED), (7, "stated", "rejected"), id="stated, 404"),
@@ -111,7 +111,7 @@ CHAT_CHUNKS = [compact(CHAT_BODY)[:20], compact(CHAT_BODY)[20:]]
             (0, "measured", "failed"),
             id="a response that failed",
         ),
-        # The service broke off, as the length that it has announced shows.
+        # The service sent less than the length that it has announced.
         pytest.param(3, host(headers=[("Content-Length", "3")]), (0, "free", "failed"), id="fixed, cut"),
         pytest.param(
             HEADER, host(headers=[*STATED, ("Content-Length", "3")]), (7, "stated", "completed"), id="stated, cut"
@@ -119,7 +119,7 @@ CHAT_CHUNKS = [compact(CHAT_BODY)[:20], compact(CHAT_BODY)[20:]]
         pytest.param(LLM, host(CHAT_CHUNKS[:1], headers=length(CHAT_CHUNKS)), (0, "free", "failed"), id="JSON, cut"),
     ],
 )
-def test_an_answer_that_comes_to_its_end(metered, cost, app, settled):
+def test_an_answer_that_ends_is_charged_by_the_table(metered, cost, app, settled):
     app.closed = 0
     metered = metered(app, cost=cost)
     body = metered.serve().finish()
@@ -147,7 +147,9 @@ def test_an_answer_that_comes_to_its_end(metered, cost, app, settled):
     ],
 )
 @pytest.mark.parametrize("is_iterated", [True, False])
-def test_an_answer_without_a_body(metered, status, cost, headers, units, is_iterated):
+def test_an_answer_without_a_body_is_charged_what_is_fixed_or_stated(
+    metered, status, cost, headers, units, is_iterated
+):
     metered = metered(host([], status, headers), cost=cost)
     served = metered.serve("HEAD" if status.startswith("200") else "DELETE")
     if is_iterated:
@@ -160,7 +162,7 @@ def test_an_answer_without_a_body(metered, status, cost, headers, units, is_iter
 
 @pytest.mark.parametrize("cost", [3, HEADER, LLM], ids=["fixed", "header", "LLM"])
 @pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt, Greenlet, GeneratorExit])
-def test_an_exception_before_the_head(metered, cost, error):
+def test_an_exception_before_the_head_is_free(metered, cost, error):
     def app(environ, start_response):
         environ["usage_middleware.charge"](9)
         raise error
@@ -189,7 +191,7 @@ def test_an_exception_before_the_head(metered, cost, error):
         pytest.param(LLM, ANTHROPIC_STREAM[:3], EVENTS, (63, "measured", "failed"), id="Anthropic's events"),
     ],
 )
-def test_an_exception_after_the_head(metered, error, late, cost, chunks, headers, settled):
+def test_an_exception_after_the_head_is_charged_what_is_known(metered, error, late, cost, chunks, headers, settled):
     app = host([*chunks, error("cut")], headers=headers)
     app.late = late
     metered = metered(app, cost=cost)
@@ -200,7 +202,7 @@ def test_an_exception_after_the_head(metered, error, late, cost, chunks, headers
 
 
 def left(served, chunks):
-    """The client leaves after so many chunks."""
+    """Read that many chunks, and close the answer as if the client had left."""
     for _ in range(chunks):
         served.next()
     served.close()
@@ -220,7 +222,7 @@ def left(served, chunks):
         ("free", LLM, 0),
     ],
 )
-def test_a_client_that_leaves(metered, chunks, abandoned, cost, units):
+def test_a_client_that_leaves_is_charged_as_abandoned_says(metered, chunks, abandoned, cost, units):
     app = host(CHAT_STREAM, headers=EVENTS)
     metered = metered(app, cost=cost, abandoned=abandoned)
     left(metered.serve(), chunks)
@@ -251,7 +253,7 @@ def test_a_client_that_leaves(metered, chunks, abandoned, cost, units):
         ),
     ],
 )
-def test_a_client_that_leaves_when_the_cost_is_known(metered, abandoned, chunks, headers, seen, settled):
+def test_a_client_that_leaves_is_charged_the_cost_if_it_is_known(metered, abandoned, chunks, headers, seen, settled):
     app = host(chunks, headers=headers)
     metered = metered(app, cost=HEADER if headers is STATED else LLM, abandoned=abandoned)
     left(metered.serve(), seen)
@@ -259,7 +261,7 @@ def test_a_client_that_leaves_when_the_cost_is_known(metered, abandoned, chunks,
     assert app.closed == 1
 
 
-def test_what_was_measured_when_a_client_leaves(metered):
+def test_abandoned_measured_charges_the_usage_so_far(metered):
     metered = metered(host(ANTHROPIC_STREAM, headers=EVENTS), cost=LLM, abandoned="measured")
     left(metered.serve(), 2)
     assert metered.settled() == (63, "measured", "abandoned")
@@ -288,7 +290,7 @@ class Counter:
         pytest.param(17, True, 1, MOST, id="much, announced"),
     ],
 )
-def test_only_so_much_json_is_drained(metered, padding, announced, read, units):
+def test_only_a_bounded_amount_of_json_is_drained(metered, padding, announced, read, units):
     chunks = Counter(itertools.chain([CHAT_CHUNKS[0]], itertools.repeat(b" " * 2**16, padding), CHAT_CHUNKS[1:]))
     size = len(b"".join(CHAT_CHUNKS)) + padding * 2**16
     app = host(chunks, headers=[*JSON, ("Content-Length", str(size))] if announced else JSON)
@@ -307,7 +309,7 @@ def test_only_so_much_json_is_drained(metered, padding, announced, read, units):
         ("400 Bad Request", JSON, LLM),
     ],
 )
-def test_nothing_is_drained_that_does_not_tell_the_cost(metered, status, headers, cost):
+def test_an_answer_that_does_not_contain_the_cost_is_not_drained(metered, status, headers, cost):
     chunks = Counter([b"{", b"}"])
     metered = metered(host(chunks, status, headers), cost=cost)
     metered.serve().close()
@@ -315,7 +317,7 @@ def test_nothing_is_drained_that_does_not_tell_the_cost(metered, status, headers
     assert len(metered.settlements) == 1
 
 
-def test_a_service_that_fails_while_it_is_drained(metered):
+def test_a_failure_during_draining_is_charged_what_was_reserved(metered):
     app = host([CHAT_CHUNKS[0], ValueError("cut")], headers=JSON)
     metered = metered(app, cost=LLM)
     left(metered.serve(), 1)
@@ -328,8 +330,8 @@ def test_a_service_that_fails_while_it_is_drained(metered):
     ("chunks", "headers", "units"),
     [(CHAT_STREAM, EVENTS, 0), (ANTHROPIC_STREAM, EVENTS, 62 + 1), (CHAT_CHUNKS, JSON, 0)],
 )
-def test_a_worker_that_is_stopped(metered, error, chunks, headers, units):
-    """The signal comes while the server sends; it closes the answer on its way out."""
+def test_a_stopped_worker_charges_the_usage_so_far(metered, error, chunks, headers, units):
+    """The signal arrives while the server sends. The server closes the answer while the exception passes."""
     app = host(chunks, headers=headers)
     metered = metered(app, cost=LLM)
     served = metered.serve()
@@ -340,7 +342,7 @@ def test_a_worker_that_is_stopped(metered, error, chunks, headers, units):
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError, ConnectionResetError, TimeoutError, GeneratorExit])
-def test_a_client_that_is_gone_when_the_server_sends(metered, error):
+def test_a_server_that_cannot_send_has_lost_its_client(metered, error):
     metered = metered(host(CHAT_STREAM, headers=EVENTS), cost=LLM)
     served = metered.serve()
     served.next()
@@ -348,11 +350,11 @@ def test_a_client_that_is_gone_when_the_server_sends(metered, error):
     assert metered.settled() == (MOST, "reserved", "abandoned")
 
 
-# --- What the application states through environ.
+# --- What the application states through environ
 
 
 def stating(*calls, chunks=(b"a", b"b"), status="200 OK", headers=(), error=None):
-    """An application that states its cost: ``calls`` are (chunk, units)."""
+    """Return an application that states its cost. ``calls`` are pairs of the number of a chunk and units."""
     app = host(chunks, status, headers)
 
     def on_chunk(number):
@@ -383,26 +385,26 @@ def stating(*calls, chunks=(b"a", b"b"), status="200 OK", headers=(), error=None
         pytest.param(3, stating((0, 5000)), (5000, "stated", "completed"), id="more than there is"),
     ],
 )
-def test_what_the_application_states(metered, cost, app, settled):
+def test_what_the_application_states_is_charged(metered, cost, app, settled):
     metered = metered(app, cost=cost)
     metered.serve().finish()
     assert metered.settled() == settled
 
 
-def test_what_the_application_states_before_it_fails(metered):
+def test_what_the_application_states_before_it_fails_is_charged(metered):
     metered = metered(stating((0, 5), error=ValueError("cut")))
     with pytest.raises(ValueError, match="cut"):
         metered.serve().finish()
     assert metered.settled() == (5, "stated", "failed")
 
 
-def test_what_the_application_states_before_its_client_leaves(metered):
+def test_what_the_application_states_before_its_client_leaves_is_charged(metered):
     metered = metered(stating((0, 5)), abandoned="free")
     left(metered.serve(), 1)
     assert metered.settled() == (5, "stated", "abandoned")
 
 
-def test_what_the_application_states_in_close(metered):
+def test_what_the_application_states_in_close_is_charged(metered):
     class Closing:
         def __init__(self, charge):
             self.charge = charge
@@ -443,7 +445,7 @@ def test_what_the_application_states_is_checked(metered, units):
 
 
 @pytest.mark.parametrize("error", [ValueError, SystemExit, Greenlet])
-def test_an_exception_is_settled_when_it_passes(metered, error):
+def test_an_exception_is_settled_before_the_answer_is_closed(metered, error):
     """A server may close the answer much later, or never."""
     metered = metered(host([b"a", error()]))
     served = metered.serve()

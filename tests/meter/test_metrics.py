@@ -38,7 +38,7 @@ def metrics(store):
 
 
 def samples(metrics):
-    """What a scrape shows, without the times at which series began: (name, labels) -> value."""
+    """Return the values that a scrape shows, by name and labels, without the times at which series began."""
     text = call(metrics.app, environ(path="/")).body.decode()
     return {
         (sample.name, *sample.labels.values()): sample.value
@@ -61,7 +61,7 @@ def ask(meter, key=KEY, path="/", status="200 OK", **variables):
     return call(meter, environ(path=path, QUERY_STRING=status, **variables)).status
 
 
-def test_what_a_meter_does(store, metrics):
+def test_requests_refusals_and_units_are_counted(store, metrics):
     store.create(key=KEY, total_available=100, model_limits={"mini": True})
     meter = UsageMeter(
         app,
@@ -104,7 +104,7 @@ def test_what_a_meter_does(store, metrics):
     assert 0 < seen["usage_added_seconds_sum",] < 5
 
 
-def test_what_a_meter_refuses_for_lack_of_quota(store, metrics):
+def test_held_and_exhausted_quota_are_counted_apart(store, metrics):
     store.create(key=KEY, total_available=10)
     meter = UsageMeter(app, store, cost=7, on_refused=metrics.on_refused)
     operation = store.reserve(KEY, 5)
@@ -115,7 +115,7 @@ def test_what_a_meter_refuses_for_lack_of_quota(store, metrics):
     assert (seen["usage_refusals_total", "held"], seen["usage_refusals_total", "exhausted"]) == (1, 1)
 
 
-def test_a_store_that_fails(tmp_path, metrics):
+def test_a_failed_settle_is_counted(tmp_path, metrics):
     class Failing(MemoryTokenStore):
         def settle(self, *args, **kwargs):
             raise StoreError("the disk is full")
@@ -128,7 +128,7 @@ def test_a_store_that_fails(tmp_path, metrics):
     assert seen["usage_requests_total", "completed"] == 1
 
 
-def test_a_hundred_models_have_names(store, metrics):
+def test_only_the_first_hundred_models_have_a_label(store, metrics):
     store.create(key=KEY, total_available=1000)
     meter = UsageMeter(app, store, model=lambda environ: environ["HTTP_X"], on_settled=metrics.on_settled)
     for number in [*range(150), 0]:
@@ -138,7 +138,7 @@ def test_a_hundred_models_have_names(store, metrics):
     assert (units["model 0"], units["model 99"], units["other"]) == (2, 1, 50)
 
 
-def test_what_the_store_holds():
+def test_tokens_and_reservations_are_counted():
     clock = Clock()
     now = int(time.time())
     with MemoryTokenStore(clock=clock) as store:

@@ -1,4 +1,4 @@
-"""Reading a request's body before the application, and asking a service for the usage of its stream."""
+"""The meter reads a request's body before the application does, and asks a service for the usage of its stream."""
 
 import io
 import json
@@ -19,7 +19,7 @@ BODY = b'{"model": "gpt-4o", "messages": []}'
 
 
 class Endless(io.RawIOBase):
-    """A connection: it would block at its end, so nothing may read beyond the length."""
+    """An input like a connection. A read beyond the length would block, so it fails the test."""
 
     def __init__(self, data, *, ends=False):
         self._data = io.BytesIO(data)
@@ -55,7 +55,7 @@ def status(given, ask=requested_model):
         pytest.param(b"\xef\xbb\xbf" + BODY, MODEL, id="a byte order mark"),
         pytest.param(BODY.decode().encode("utf-16"), MODEL, id="UTF-16"),
         pytest.param(b'{"\\u006dodel":"gpt-4o"}', MODEL, id="an escaped name"),
-        pytest.param(b'{"Model":"gpt-4o"}', MODEL, id="a name as servers in Go take it"),
+        pytest.param(b'{"Model":"gpt-4o"}', MODEL, id="a name that servers in Go accept"),
         pytest.param('{"model":"模型"}'.encode(), "模型", id="another script"),
         pytest.param(b'{"model":null}', None, id="null"),
         pytest.param(b'{"model":""}', None, id="empty"),
@@ -67,10 +67,10 @@ def status(given, ask=requested_model):
         pytest.param(b" ", None, id="white space alone"),
     ],
 )
-def test_the_model_of_a_request(body, model):
+def test_the_model_is_read_from_the_body(body, model):
     given = request(body)
     assert requested_model(given) == model
-    # The application reads all of it, and from the beginning.
+    # The application can still read all of it.
     assert given["wsgi.input"].read(int(given["CONTENT_LENGTH"])) == body
     assert requested_model(given) == model
     close_request_body(given)
@@ -98,11 +98,11 @@ def test_the_model_of_a_request(body, model):
         pytest.param(b'{"a":[' + b"[]," * 700_000 + b'1],"model":"a"}', id="many values"),
     ],
 )
-def test_a_body_from_which_services_may_read_another_model(body):
+def test_a_body_from_which_services_may_read_another_model_is_refused(body):
     assert status(request(body)) == 400
 
 
-def test_what_is_not_meant_to_be_json_may_begin_like_it():
+def test_text_may_begin_like_json_if_its_type_is_another():
     assert requested_model(request(b"{{template}}", kind="text/plain")) is None
     assert status(request(b"{{template}}", kind="")) == 400
 
@@ -121,7 +121,7 @@ def test_a_length_must_be_known():
     assert "HTTP_TRANSFER_ENCODING" not in given
     assert given["wsgi.input"].read() == BODY
     assert given["CONTENT_LENGTH"] == str(len(BODY))
-    # HTTP/2 has neither.
+    # A request by HTTP/2 may have neither.
     assert requested_model(request(length=False, ends=True, **{"wsgi.input_terminated": True})) == MODEL
     # A request without a body is left as it is.
     given = request(b"", length=False)
@@ -131,7 +131,7 @@ def test_a_length_must_be_known():
     assert given == before
 
 
-def test_a_request_that_is_cut():
+def test_a_body_that_ends_early_is_refused():
     assert status(request(CONTENT_LENGTH=str(len(BODY) + 1), ends=True)) == 400
     assert status(request(CONTENT_LENGTH=str(len(BODY) + 1), ends=True, **{"wsgi.input_terminated": True})) == 400
 
@@ -142,7 +142,7 @@ def padded(size):
 
 
 @pytest.mark.parametrize("terminated", [False, True])
-def test_the_largest_body(terminated):
+def test_the_largest_body_is_read_and_a_larger_one_refused(terminated):
     variables = {"wsgi.input_terminated": True} if terminated else {}
     given = request(padded(MOST_BODY), **variables)
     assert requested_model(given) == MODEL
@@ -157,7 +157,7 @@ def test_a_body_without_a_length_is_bounded():
 
 
 @pytest.mark.parametrize("size", [MOST_IN_MEMORY, MOST_IN_MEMORY + 1])
-def test_a_large_body_waits_on_disk(size):
+def test_a_large_body_is_kept_on_disk(size):
     body = padded(size)
     given = request(body)
     tracemalloc.start()
@@ -200,7 +200,7 @@ def test_the_usage_of_a_stream_is_asked_for(body, after, indent):
     sent = given["wsgi.input"].read(int(given["CONTENT_LENGTH"]))
     assert given["wsgi.input"].read() == b""
     assert json.loads(sent) == after
-    # What is compressed cannot be changed.
+    # The usage could not be removed from a compressed stream.
     assert given["HTTP_ACCEPT_ENCODING"] == "identity"
 
 
@@ -249,7 +249,7 @@ VALUES = st.recursive(
     ascii=st.booleans(),
     asked=st.booleans(),
 )
-def test_any_object(members, indent, ascii, asked):  # noqa: A002 - json.dumps has it
+def test_any_object_keeps_its_other_members(members, indent, ascii, asked):  # noqa: A002 - json.dumps has it
     if asked:
         members["stream"] = True
     body = json.dumps(members, indent=indent, ensure_ascii=ascii).encode("utf-8", "surrogatepass")

@@ -1,4 +1,4 @@
-"""Reservations whose settling fails: the answer goes out, and it is tried again."""
+"""If a reservation cannot be settled, its answer is sent nevertheless, and settling is retried."""
 
 import gc
 import logging
@@ -13,7 +13,7 @@ from usage_middleware.wsgi.meter import settlement
 
 
 class Failing(MemoryTokenStore):
-    """A store that fails to settle while ``error`` is set, and remembers what it was asked to settle."""
+    """A store that fails to settle while ``error`` is set, and records what it has settled."""
 
     error = None
 
@@ -38,7 +38,7 @@ def lines(caplog):
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-def test_the_answer_goes_out_and_it_is_tried_again(metered, caplog):
+def test_a_failed_settle_does_not_stop_the_answer_and_is_retried(metered, caplog):
     metered.store.error = StoreError("the database is locked")
     for _ in range(3):
         assert metered.serve().finish() == b"done"
@@ -57,8 +57,8 @@ def test_the_answer_goes_out_and_it_is_tried_again(metered, caplog):
     assert metered.used == 4
 
 
-def test_the_command_works(metered, caplog, tmp_path):
-    """The line in the log is what an operator can paste."""
+def test_the_logged_command_can_be_pasted(metered, caplog, tmp_path):
+    """An operator copies it from the log."""
     metered.store.error = StoreError("gone")
     metered.serve().finish()
     command = lines(caplog)[0].partition("usage-middleware ")[2].split()
@@ -80,18 +80,18 @@ def test_a_settle_by_hand_is_not_charged_again(metered, caplog):
 
 
 @pytest.mark.parametrize("error", [OperationConflict("settled"), TokenNotFound("deleted"), ValueError("too large")])
-def test_what_would_fail_again_is_not_tried_again(metered, caplog, error):
+def test_what_would_fail_again_is_not_retried(metered, caplog, error):
     metered.store.error = error
     metered.serve().finish()
     metered.store.error = None
     metered.serve().finish()
     assert [operation for operation, _ in metered.store.settled] == [metered.settlements[1].operation_id]
     assert "It is not tried again" in lines(caplog)[0]
-    # The text of an error that is not ours may hold anything.
+    # The text of another package's error may contain anything.
     assert "too large" not in caplog.text
 
 
-def test_other_errors_are_tried_again_and_not_quoted(metered, caplog):
+def test_other_errors_are_retried_and_not_quoted(metered, caplog):
     metered.store.error = ConnectionError(f"the key {KEY}")
     metered.serve().finish()
     assert "ConnectionError" in caplog.text
@@ -101,7 +101,7 @@ def test_other_errors_are_tried_again_and_not_quoted(metered, caplog):
     assert metered.used == 2
 
 
-def test_a_settle_that_is_interrupted(metered, caplog):
+def test_a_settle_that_is_interrupted_is_logged(metered, caplog):
     metered.store.error = SystemExit(1)
     with pytest.raises(SystemExit):
         metered.serve().finish()
@@ -122,7 +122,7 @@ def test_the_queue_is_bounded(metered, monkeypatch):
     assert len(list(metered.store.open_reservations())) == 3
 
 
-def test_one_request_settles_only_some(metered, monkeypatch):
+def test_one_request_retries_only_some(metered, monkeypatch):
     monkeypatch.setattr(settlement, "_MOST_AT_ONCE", 2)
     metered.store.error = StoreError("down")
     for _ in range(5):
@@ -135,7 +135,7 @@ def test_one_request_settles_only_some(metered, monkeypatch):
     assert left == [3, 1, 0]
 
 
-def test_a_store_that_fails_again_keeps_the_order(metered):
+def test_a_retry_that_fails_keeps_the_order(metered):
     metered.store.error = StoreError("down")
     for _ in range(3):
         metered.serve().finish()
@@ -157,8 +157,8 @@ def test_a_store_that_fails_again_keeps_the_order(metered):
     assert metered.used == 5
 
 
-def test_what_waits_does_not_keep_others_out():
-    """It holds all that is left, so that without it no later request could be let through."""
+def test_a_settle_that_waits_blocks_no_later_request():
+    """The reservation that waits holds all that is left. It is settled before a later request is refused."""
     with Failing() as store:
         cost = FromHeader("X-Usage-Cost", most=10, least=5)
         metered = Metered(store, Host(headers=[("X-Usage-Cost", "1")]), total_available=10, cost=cost)
@@ -187,7 +187,7 @@ def test_threads_settle_each_reservation_once(metered):
         thread.start()
     for thread in threads:
         thread.join()
-    # While one thread tries again, the others do not wait for it.
+    # While one thread retries, the others do not wait for it.
     for _ in range(20):
         metered.serve().finish()
     settled = [operation for operation, _ in metered.store.settled]
@@ -216,8 +216,8 @@ def test_a_forked_process_leaves_the_queue_to_its_parent(metered):
     assert len(metered.store.settled) == 2
 
 
-def test_an_answer_that_the_server_drops(metered):
-    """It is settled with the next request: Python may free it while this thread holds a lock of the store."""
+def test_an_answer_that_is_never_closed_is_settled_with_the_next_request(metered):
+    """It cannot be settled when Python frees it, as this thread may hold a lock of the store then."""
 
     def drop():
         metered.serve().next()
@@ -252,7 +252,7 @@ def test_what_on_settled_raises_is_logged(caplog):
     assert "on_settled" in lines(caplog)[0]
 
 
-def test_a_settlement_says_all(store):
+def test_a_settlement_has_all_its_fields(store):
     metered = Metered(store, cost=3, model="gpt-4o")
     metered.serve().finish()
     settled = metered.settlement

@@ -1,4 +1,4 @@
-"""Reading event streams and JSON while they pass, cut into chunks anywhere."""
+"""Event streams and JSON are read while they pass, wherever they are cut into chunks."""
 
 import contextlib
 import gzip
@@ -22,7 +22,7 @@ OTHER = compact({"usage": {"prompt_tokens": 1, "completion_tokens": 1}})
 
 
 def read(chunks, body=EventStream, *, end=True):
-    """The figures of a body that comes in these chunks."""
+    """Return the figures of a body that arrives in these chunks."""
     figures = Figures()
     reader = body(figures)
     for chunk in chunks:
@@ -50,7 +50,7 @@ STREAMS = {
 
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\r"], ids=["LF", "CRLF", "CR"])
 @pytest.mark.parametrize("name", STREAMS)
-def test_chunks_of_every_size(name, newline):
+def test_chunks_of_every_size_give_the_same_usage(name, newline):
     events, counts, complete = STREAMS[name]
     data = b"".join(events).replace(b"\n", newline)
     for size in range(1, len(data) + 1):
@@ -95,12 +95,12 @@ def test_where_a_stream_is_cut_does_not_matter(lines, last, cuts):
     whole = state(read([data]))
     assert state(read(chunks)) == whole
     assert state(read(cut(data, 1))) == whole
-    # What a parser that follows the standard to the letter, but for the end, finds.
+    # A parser that follows the standard to the letter, except at the end, finds the same.
     assert whole == state(parsed(data))
 
 
 def parsed(data):
-    """The figures by the standard's own steps, over all of the stream at once."""
+    """Return the figures of a whole stream, by the steps of the standard."""
     figures = Figures()
     kind, values = b"", []
     text = data.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
@@ -129,8 +129,8 @@ def parsed(data):
     ("stream", "counts"),
     [
         pytest.param(b"data: " + USAGE + b"\n\n", COUNTED, id="an event"),
-        pytest.param(b"data: " + USAGE, COUNTED, id="no line end behind it"),
-        pytest.param(b"data: " + USAGE + b"\n", COUNTED, id="no blank line behind it"),
+        pytest.param(b"data: " + USAGE, COUNTED, id="no line ending after it"),
+        pytest.param(b"data: " + USAGE + b"\n", COUNTED, id="no blank line after it"),
         pytest.param(b"data:" + USAGE + b"\n\n", COUNTED, id="no space"),
         pytest.param(b"data:  " + USAGE + b"\n\n", COUNTED, id="two spaces"),
         pytest.param(b'data: {"usage":\ndata: ' + compact(OPENAI_USAGE) + b"}\n\n", COUNTED, id="data lines join"),
@@ -148,7 +148,7 @@ def parsed(data):
         pytest.param(b'data: {"a":' + USAGE + b"}\n\n", None, id="not at the top"),
     ],
 )
-def test_the_usage_of_a_stream(stream, counts):
+def test_usage_is_found_in_valid_events_only(stream, counts):
     assert read([stream]).counts == counts
     assert read(cut(stream, 7)).counts == counts
 
@@ -169,7 +169,7 @@ def test_the_usage_of_a_stream(stream, counts):
         pytest.param(b'data: {"type":"message_stop"}\n\n', True, False, id="Anthropic's end"),
     ],
 )
-def test_the_end_of_a_stream(stream, complete, failed):
+def test_the_end_of_a_stream_is_recognised(stream, complete, failed):
     for chunks in ([stream], cut(stream, 1)):
         figures = read(chunks, end=False)
         assert (figures.complete, figures.failed) == (complete, failed)
@@ -184,18 +184,18 @@ def test_the_end_of_a_stream(stream, complete, failed):
         ("response.failed", {"input_tokens": 3, "output_tokens": 4}, TokenCounts(3, 4, 0), True),
     ],
 )
-def test_the_end_of_a_response(last, usage, counts, failed):
+def test_the_end_of_a_response_is_recognised(last, usage, counts, failed):
     figures = read(responses_stream(last, usage), end=False)
     assert (figures.counts, figures.complete, figures.failed) == (counts, True, failed)
 
 
 @pytest.mark.parametrize("size", [2**16, 2**20, 10**7])
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
-def test_a_line_that_is_too_long_passes_unread(size, newline):
+def test_a_line_that_is_too_long_is_not_read(size, newline):
     too_long = b'data: {"usage":' + compact(OPENAI_USAGE) + b',"pad":"' + b"x" * MOST_EVENT + b'"}'
     stream = (too_long + b"\n\ndata: " + OTHER + b"\n\n").replace(b"\n", newline)
     assert read(cut(stream, size)).counts == TokenCounts(1, 1, 0)
-    # Nor is a shorter line of the same event read.
+    # A shorter line of the same event is not read either.
     stream = (too_long + b"\ndata: " + USAGE + b"\n\ndata: " + OTHER + b"\n\n").replace(b"\n", newline)
     assert read(cut(stream, size)).counts == TokenCounts(1, 1, 0)
 
@@ -224,8 +224,8 @@ def test_an_event_of_many_lines_is_bounded():
     assert figures.counts == COUNTED
 
 
-def test_a_long_line_that_comes_byte_by_byte_takes_time_in_proportion():
-    # A mebibyte: copied for each byte, it would take hours.
+def test_a_long_line_in_single_bytes_takes_linear_time():
+    # It is a mebibyte. If it were copied for each byte, this would take hours.
     stream = EventStream(figures := Figures())
     for _ in range(MOST_EVENT + 10):
         stream.feed(b"x")
@@ -254,7 +254,7 @@ def test_a_long_line_that_comes_byte_by_byte_takes_time_in_proportion():
         pytest.param(b"\xff" * 100, None, id="not text"),
     ],
 )
-def test_the_usage_of_a_body(body, counts):
+def test_usage_is_found_at_the_top_of_a_body_only(body, counts):
     assert read([body], JSONBody).counts == counts
     assert read(cut(body, 1 + len(body) // 7), JSONBody).counts == counts
 
@@ -267,7 +267,7 @@ def test_the_largest_body_is_read():
 
 
 @pytest.mark.slow
-def test_a_body_is_kept_within_its_bound():
+def test_the_memory_for_a_body_is_bounded():
     tracemalloc.start()
     try:
         reader = JSONBody(Figures())
@@ -297,7 +297,7 @@ def test_gzip_is_decompressed_as_it_comes(size, times):
     assert gunzip(cut(gzip.compress(data) + gzip.compress(b"more"), size)) == data + b"more"
 
 
-def test_what_is_flushed_can_be_read_before_the_end():
+def test_flushed_gzip_is_read_before_its_end():
     compressor = zlib.compressobj(wbits=zlib.MAX_WBITS | 16)
     for part in CHAT_STREAM:
         data = compressor.compress(part) + compressor.flush(zlib.Z_SYNC_FLUSH)
@@ -320,11 +320,11 @@ def test_what_is_flushed_can_be_read_before_the_end():
         pytest.param(gzip.compress(b"x" * 1000)[:20] + b"\0" * 100, id="damaged"),
     ],
 )
-def test_what_is_not_gzip_is_not_read_and_does_not_fail(data):
+def test_what_is_not_gzip_is_ignored(data):
     gunzip([data, data])
 
 
-def test_a_decompression_bomb_is_given_up():
+def test_a_decompression_bomb_is_not_read_to_its_end():
     bomb = gzip.compress(bytes(2**28), compresslevel=1)
     sizes = []
     reader = Gunzipped(lambda data: sizes.append(len(data)))

@@ -1,4 +1,4 @@
-"""Answers of LLM services, as their documentation shows them, and their token counts."""
+"""Answers of LLM services with their token counts, as their documentation shows them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DONE = event(b"[DONE]")
 
 
 def chat_chunk(text=None, *, finish=None, **more):
-    """One event of an OpenAI chat completion."""
+    """Return the data of one event of an OpenAI chat completion."""
     return {
         "id": "chatcmpl-1",
         "object": "chat.completion.chunk",

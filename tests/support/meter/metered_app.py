@@ -1,7 +1,7 @@
-"""Metered applications for real servers to serve, and an endpoint that stays free.
+"""Metered applications for real servers to serve, and an endpoint that is free.
 
-``TOKENS_DATABASE`` names the database, ``UPSTREAM`` the URL of the service behind ``/proxied``, ``EXPIRES_IN`` how
-long a reservation lasts. While there is a file beside the database whose name ends in ``-broken``, nothing is settled.
+``TOKENS_DATABASE`` names the database, ``UPSTREAM`` the URL of the service behind ``/proxied``, and ``EXPIRES_IN`` is
+the seconds that a reservation lasts. While a file named like the database with ``-broken`` exists, settling fails.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def hang():
 
 
 def endless():
-    """Content, for as long as there is a client, or half a minute."""
+    """Yield content as long as there is a client, but for half a minute at most."""
     until = time.monotonic() + 30
     while time.monotonic() < until:
         yield CHAT_STREAM[0]

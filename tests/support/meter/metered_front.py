@@ -52,7 +52,7 @@ class Front:
         return (self.directory / "log").read_text(errors="replace")
 
     def token(self, total_available=10_000):
-        """Return a token of the test's own: its key and its id."""
+        """Create a token, and return its key and its id."""
         key, token = self.store.create(key=next(keys), total_available=total_available)
         return key, token.id
 
@@ -65,8 +65,11 @@ class Front:
             return connection.read(method)
 
     def settled(self, token_id, count=1):
-        """Return the settled operations of a token, oldest first, once there are so many: a server may close an answer
-        a moment after its last byte is sent. granian may never close it; then it is settled with a later request."""
+        """Wait until a token has that many operations and all are settled, and return them, oldest first.
+
+        A server may close an answer a moment after it has sent the last byte. granian may never close it; then it is
+        settled with a later request.
+        """
         other, _ = self.token() if self.name == "granian" else ("", None)
         deadline = time.monotonic() + WAIT
         while True:
@@ -89,13 +92,13 @@ def request(path, key, method=b"GET", *headers, body=b""):
 
 
 def leave(client):
-    """Close a connection so that the other side notices at once."""
+    """Reset a connection, so that the other side notices at once."""
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()
 
 
 def body_so_far(received):
-    """Return the body in what was received, whatever its coding."""
+    """Return the part of the body that was received, with its chunks decoded."""
     head, _, body = received.partition(b"\r\n\r\n")
     if b"chunked" not in head.lower():
         return body

@@ -1,6 +1,6 @@
-"""Answers of a service, and what each is charged: the rows of the meter's table, for real servers to serve.
+"""The rows of the meter's table, for real servers to serve: answers of a service, and what each is charged.
 
-The same answers come from a WSGI application, and from a service on a socket of its own behind :class:`Proxy`.
+A WSGI application gives these answers, and so does a service behind :class:`Proxy` with a socket of its own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Row(NamedTuple):
     end: str = "whole"
     #: The bytes of the body after which the client leaves.
     leaves_after: int | None = None
-    #: Whether the body is sent as a list, or in chunks of unknown number.
+    #: Whether the body is a list, whose length is known, or an iterator.
     is_list: bool = False
 
     @property

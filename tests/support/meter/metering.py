@@ -15,7 +15,7 @@ KEY = "k" * 20
 class Served:
     """One request to a metered application.
 
-    :param meter: the application; it is called at once.
+    :param meter: the application. The constructor calls it.
     """
 
     def __init__(self, meter, method="GET", path="/work", key=KEY, body=b"", **variables):
@@ -74,7 +74,7 @@ class Served:
 
 
 class Host:
-    """An application that answers with what a test has set, and remembers how it was used."""
+    """An application that answers with what a test has set, and records how it was called."""
 
     def __init__(self, chunks=(b"done",), status="200 OK", headers=(), *, late=False):
         self.chunks = chunks
@@ -93,7 +93,7 @@ class Host:
 
 
 class _Answer:
-    """An iterable that is not its own iterator, and that alone has close()."""
+    """An iterable that is not its own iterator. Only its close() is counted, not that of the iterator."""
 
     def __init__(self, host, start_response):
         self._host = host
@@ -126,7 +126,7 @@ class Metered:
         self.meter = UsageMeter(self.app, store, **self._arguments)
 
     def change(self, **arguments):
-        """Go on with a meter that has other arguments too."""
+        """Replace the meter by one that has other arguments too."""
         self.meter = UsageMeter(self.app, self.store, **self._arguments, **arguments)
 
     def serve(self, *arguments, **options):
@@ -138,7 +138,7 @@ class Metered:
 
     @property
     def used(self):
-        """What the ledger says, and the one settlement, which must say the same."""
+        """Return what is used by the ledger. Check that nothing is open and that the settlements add up to it."""
         token = self.token
         assert not list(self.store.open_reservations())
         assert token.total_used == sum(s.units for s in self.settlements)
@@ -150,13 +150,13 @@ class Metered:
         return settlement
 
     def settled(self):
-        """Return the settlement as a short text: units, basis, outcome."""
+        """Return the units, the basis and the outcome of the settlement."""
         assert self.used == self.settlement.units
         return self.settlement.units, self.settlement.basis, self.settlement.outcome
 
 
 def interrupted(error):
-    """Run a function while an exception passes through, as a server closes an answer."""
+    """Return a function that runs another while an exception is handled, as a server closes an answer."""
 
     def run(function):
         try:
