@@ -1,4 +1,4 @@
-"""What a service may send, byte by byte, and what becomes of it: an answer, a refusal, or an answer that is cut."""
+"""What a service may send, byte by byte, and what the client gets: the answer, a refusal, or a truncated answer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TYPE = ("Content-Type", "text/plain")
 
 
 def asked(sent, method="GET", **variables):
-    """The answer to a request whose service sends these bytes and closes the connection."""
+    """Return the proxy's answer if the service sends these bytes and closes the connection."""
     with serving(answering(sent)) as service:
         return call(Proxy(service.url), environ(method, "/", **variables))
 
@@ -58,7 +58,7 @@ def asked(sent, method="GET", **variables):
         ),
     ],
 )
-def test_passed_on(sent, status, body):
+def test_a_valid_answer_is_passed_on(sent, status, body):
     answer = asked(sent)
 
     assert (f"{answer.status} {answer.reason}", answer.body) == (status, body)
@@ -82,7 +82,7 @@ def test_headers_keep_their_order_and_repetitions():
     ]
 
 
-def test_headers_of_the_connection_stop_here():
+def test_hop_by_hop_headers_are_removed():
     answer = asked(
         HEAD
         + b"Connection: close, X-A\r\nConnection: x-b\r\nKeep-Alive: 1\r\nProxy-Authenticate: Basic\r\nTrailer: X\r\n"
@@ -97,8 +97,8 @@ def test_the_version_in_via_is_that_of_the_service():
     assert asked(b"HTTP/1.0 200 OK\r\n\r\n").headers == [("Via", "1.0 usage-middleware")]
 
 
-# RFC 9110 sections 9.3.2, 15.3.5 and 15.4.5. The service keeps the connection open, so to wait for a body would be to
-# wait for ever.
+# RFC 9110 sections 9.3.2, 15.3.5 and 15.4.5. The service keeps the connection open, so waiting for a body would take
+# forever.
 @pytest.mark.parametrize(
     ("method", "head", "headers"),
     [
@@ -109,7 +109,7 @@ def test_the_version_in_via_is_that_of_the_service():
         ("GET", b"HTTP/1.1 304 Not Modified\r\nContent-Length: 7\r\n\r\n", [("Content-Length", "7"), VIA]),
     ],
 )
-def test_answers_without_a_body(method, head, headers):
+def test_an_answer_without_a_body_is_not_waited_for(method, head, headers):
     def handle(connection):
         connection.head()
         connection.send(head)
@@ -187,7 +187,7 @@ LONG = b"x" * 65_536
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_refused(method, sent, caplog):
+def test_an_invalid_head_is_a_502(method, sent, caplog):
     answer = asked(sent, method)
 
     assert (answer.status, answer.reason) == (502, "Bad Gateway")
@@ -227,13 +227,13 @@ CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
         pytest.param(CHUNKED + b"0\r\n" + b"X: 1\r\n" * 101 + b"\r\n", b"", id="many trailers"),
     ],
 )
-def test_cut(sent, body):
+def test_an_incomplete_body_raises_upstream_error(sent, body):
     seen = []
     with serving(answering(sent)) as service:
         result = Proxy(service.url)(environ(), lambda *_: lambda _: None)
         with pytest.raises(UpstreamError):
             seen.extend(result)
-        # It is closed already, and closing it is harmless.
+        # It is closed already, and can be closed again.
         assert list(result) == []
         result.close()
         result.close()

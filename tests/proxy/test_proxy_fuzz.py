@@ -1,4 +1,4 @@
-"""However an answer is cut into pieces it is read the same, and whatever a service sends, nothing but UpstreamError."""
+"""An answer is read the same however it is cut into pieces, and a bad one raises nothing but UpstreamError."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ANSWERS = st.builds(lambda head, words: head + b"".join(words), HEADS, st.lists(
 
 
 def read(pieces, method="GET"):
-    """The head, the whole body, and how it ended."""
+    """Return the head, the whole body, and the error that ended it."""
     reader = AnswerReader(method)
     pieces = iter(pieces)
     parts = []
@@ -45,7 +45,7 @@ def read(pieces, method="GET"):
     try:
         for part in reader.parts:
             if part is None:
-                # Without more bytes, it asks again.
+                # Fed with nothing, the reader asks again.
                 if fed := not fed:
                     reader.feed(next(pieces, b""))
             else:
@@ -57,7 +57,7 @@ def read(pieces, method="GET"):
 
 
 @given(answer=ANSWERS, method=st.sampled_from(["GET", "HEAD"]), data=st.data())
-def test_it_is_read_the_same_however_it_is_cut(answer, method, data):
+def test_an_answer_is_read_the_same_however_it_is_cut(answer, method, data):
     borders = sorted(data.draw(st.lists(st.integers(0, len(answer)))))
     pieces = [answer[begin:end] for begin, end in zip([0, *borders], [*borders, len(answer)], strict=True)]
 
@@ -70,7 +70,7 @@ def test_it_is_read_the_same_however_it_is_cut(answer, method, data):
 @example(b"HTTP/1.1 200 OK\r\nX" + b" " * 65_000 + b"\r\n\r\n")
 @example(b"HTTP/1.1 200 OK\r\nX:" + b" \t" * 32_000 + b"\x00\r\n\r\n")
 @example(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1" + b" " * 65_000 + b"\x00\r\n")
-def test_whatever_a_service_sends(answer):
+def test_whatever_a_service_sends_is_read_or_an_upstream_error(answer):
     head, body, error = read([answer] if answer else [])
 
     assert head or error

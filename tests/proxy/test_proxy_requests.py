@@ -1,4 +1,4 @@
-"""What Proxy makes of a request and of its answer: target, headers, framing, its own errors."""
+"""What Proxy forwards of a request and of its answer: target, headers, framing, and its own errors."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Type: a/b\r\nContent-Length: 2\r\n\r\nok"
 
 
 def forwarded(options=None, base="", answer=OK, **variables):
-    """The request that reaches the service, as a start line, headers and a body."""
+    """Return the request that reaches the service: its start line, headers and body."""
     with serving(answering(answer)) as service:
         result = call(Proxy(service.url + base, **(options or {})), environ(**variables))
         assert (result.status, result.body) == (200, b"ok")
         return service.result()
 
 
-def test_the_smallest_request_and_its_answer():
+def test_a_small_request_and_its_answer_in_full():
     with serving(answering(OK)) as service:
         answer = ask(Proxy(service.url), path="/v1/items", QUERY_STRING="a=1", REMOTE_ADDR="192.0.2.7")
 
@@ -43,8 +43,8 @@ def test_the_smallest_request_and_its_answer():
     assert answer == (200, "OK", headers, b"ok")
 
 
-# The path that the meter judged is PATH_INFO. What is forwarded decodes to it, in the client's own escapes if the
-# server passes them on.
+# The meter has decided by PATH_INFO. The forwarded path decodes to it, and has the client's own escapes if the server
+# passes them on.
 @pytest.mark.parametrize(
     ("variables", "target"),
     [
@@ -88,7 +88,7 @@ def test_the_smallest_request_and_its_answer():
         pytest.param({"base": "/api", "path": "/..a/b.."}, "/api/..a/b..", id="base path, dots in names"),
     ],
 )
-def test_target(variables, target):
+def test_the_target_decodes_to_path_info(variables, target):
     (start, _, _) = forwarded(**variables)
 
     assert start == f"{variables.get('method', 'GET')} {target} HTTP/1.1"
@@ -116,7 +116,7 @@ def test_target(variables, target):
         pytest.param({"CONTENT_TYPE": ""}, [], id="no Content-Type"),
     ],
 )
-def test_request_headers(variables, sent):
+def test_only_end_to_end_headers_are_forwarded(variables, sent):
     (_, headers, _) = forwarded(**variables)
 
     ours = ("Host", "Connection", "Via", "X-Forwarded-Host", "X-Forwarded-Proto")
@@ -124,7 +124,7 @@ def test_request_headers(variables, sent):
     assert [header for header in headers if header[0] not in ours] == sent
 
 
-def test_where_the_request_came_from():
+def test_headers_say_where_the_request_came_from():
     (_, headers, _) = forwarded(
         SCRIPT_NAME="/pre fix",
         SERVER_PROTOCOL="HTTP/1.0",
@@ -213,7 +213,7 @@ def test_variables_of_the_process_are_not_headers(monkeypatch):
         ),
     ],
 )
-def test_request_body(method, variables, framing, body):
+def test_the_body_is_framed_as_it_came(method, variables, framing, body):
     variables = {"wsgi.input": io.BytesIO(b"abcdef"), **variables}
     (_, headers, sent) = forwarded(method=method, **variables)
 
@@ -222,7 +222,7 @@ def test_request_body(method, variables, framing, body):
 
 
 @pytest.mark.parametrize("framing", [{"CONTENT_LENGTH": "1000000"}, {"HTTP_TRANSFER_ENCODING": "chunked"}])
-def test_a_body_of_many_blocks(framing):
+def test_a_body_of_many_blocks_is_forwarded(framing):
     body = bytes(range(250)) * 4000
     (_, _, sent) = forwarded(method="PUT", **{"wsgi.input": io.BytesIO(body), "wsgi.input_terminated": True, **framing})
 
@@ -274,7 +274,7 @@ CHUNKED = {"HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input_terminated": True}
         pytest.param({"path": "*"}, BAD_REQUEST, id="an asterisk for GET"),
     ],
 )
-def test_refused_without_asking_the_service(variables, refusal):
+def test_an_invalid_request_is_refused_without_asking_the_service(variables, refusal):
     with serving(lambda connection: connection.head()[0]) as service:
         answer = call(
             Proxy(service.url), environ(**{"method": "POST", "wsgi.input": io.BytesIO(b"abcdef"), **variables})
@@ -291,11 +291,11 @@ def test_refused_without_asking_the_service(variables, refusal):
     assert service.returned.empty()
 
 
-def test_a_body_that_ends_early():
+def test_a_body_that_ends_early_is_refused():
     with serving(lambda connection: (connection.head(), connection.rest())) as service:
         answer = call(Proxy(service.url), environ("POST", CONTENT_LENGTH="7", **{"wsgi.input": io.BytesIO(b"abcdef")}))
         assert (answer.status, answer.json["error"]["code"]) == (400, "bad_request")
-        assert service.result()[1] == b"abcdef"  # and the service waits for no more
+        assert service.result()[1] == b"abcdef"  # and the connection is closed
 
 
 @pytest.mark.parametrize("path", ["/..", "/../x", "/a/../../x", "/a\\..\\x", "/..;/x", "/..\\x"])
@@ -310,7 +310,7 @@ def redirection(location):
     return "\r\n".join(head).encode()
 
 
-# Locations of the service that its client cannot reach become paths.
+# The client may not be able to reach the service itself, so locations of the service become paths.
 @pytest.mark.parametrize(
     ("location", "seen"),
     [
@@ -326,7 +326,7 @@ def redirection(location):
         ("https://127.0.0.1:{port}/x", "https://127.0.0.1:{port}/x"),
     ],
 )
-def test_location(location, seen):
+def test_locations_of_the_service_become_paths(location, seen):
     def handle(connection):
         connection.request()
         connection.send(redirection(filled(location)))
@@ -351,7 +351,7 @@ def test_location(location, seen):
         ("{url}", "http://legacy.example/x", "/x"),
     ],
 )
-def test_location_at_the_root(url, location, seen):
+def test_only_locations_below_the_base_path_become_paths(url, location, seen):
     with serving(lambda connection: connection.send(answer)) as service:
         url, location, seen = (text.format(url=service.url) for text in (url, location, seen))
         answer = (
@@ -362,7 +362,7 @@ def test_location_at_the_root(url, location, seen):
     assert got.header("Location") == seen
 
 
-def test_nothing_listens(caplog):
+def test_a_service_that_does_not_listen_is_a_502(caplog):
     with serving(answering(OK)) as service:
         url = service.url
     with caplog.at_level(logging.ERROR):
@@ -378,11 +378,11 @@ def test_nothing_listens(caplog):
     assert url not in answer.body.decode()
 
 
-def test_a_host_that_does_not_exist():
+def test_a_host_that_does_not_exist_is_a_502():
     assert ask(Proxy("http://host.invalid")).status == 502
 
 
-def test_ipv6():
+def test_a_service_may_have_an_ipv6_address():
     def handle(connection):
         connection.send(OK)
         return connection.head()[1][0]
@@ -403,7 +403,7 @@ def test_ipv6():
         ("http://b\u00fccher.example", "xn--bcher-kva.example"),
     ],
 )
-def test_host(url, host):
+def test_the_host_header_is_that_of_the_url(url, host):
     assert Proxy(url)._host == host
 
 
@@ -436,7 +436,7 @@ def test_host(url, host):
         (("http://h", {"Connection": "x"}), ValueError),
     ],
 )
-def test_arguments_that_cannot_be_used(arguments, error):
+def test_bad_arguments_are_refused_and_not_shown(arguments, error):
     url, *headers = arguments
     with pytest.raises(error) as raised:
         Proxy(url, headers=headers[0] if headers else None)
@@ -446,7 +446,7 @@ def test_arguments_that_cannot_be_used(arguments, error):
 
 @pytest.mark.parametrize("name", ["connect_timeout", "read_timeout"])
 @pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan"), None, "5", True])
-def test_timeouts_that_cannot_be_used(name, value):
+def test_bad_timeouts_are_refused(name, value):
     with pytest.raises((TypeError, ValueError), match=name):
         Proxy("http://h", **{name: value})
 

@@ -1,6 +1,6 @@
 """Proxy under real WSGI servers: a client, the server, the proxy and the service are connected by sockets.
 
-What a server cannot do is an expected failure that says why.
+If a server cannot do something, the test is an expected failure whose reason says what.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.servers, pytest.mark.slow]
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 BLOCK = b"x" * 65_536
-FULL_SIZE = 10**9  # waitress takes no larger request
+FULL_SIZE = 10**9  # waitress accepts no larger request
 SIZE = 96 * 1024**2
 MOST_MEMORY = 48 * 1024**2  # waitress buffers up to 16 MiB for its client, and as much again while it sends
 
@@ -60,7 +60,7 @@ def front(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
     with Front(request.param, directory).running() as front:
         yield front
-    # Cuts are raised to the server, and nothing else is: a client that leaves is not an error of the proxy.
+    # Only a truncated answer raises an exception to the server. A client that leaves is not an error of the proxy.
     log = (directory / "log").read_text(errors="replace")
     for frames, error in re.findall(r"^.*Traceback .*\n((?: .*\n)+)(\S.*)", log, re.MULTILINE):
         assert "UpstreamError" in error or "/wsgi/proxy/" not in frames, log
@@ -73,12 +73,12 @@ def every_result_was_taken(front):
 
 
 def cannot(request, front, reasons):
-    """Expect the failure of a server that cannot do something."""
+    """Expect the test to fail on a server that cannot do something."""
     if front.name in reasons:
         request.applymarker(pytest.mark.xfail(reason=f"{front.name} {reasons[front.name]}", strict=True))
 
 
-def test_a_request_and_its_answer(front):
+def test_a_request_and_its_answer_are_passed_on(front):
     def handle(connection):
         received = connection.request()
         connection.send(
@@ -119,7 +119,7 @@ def test_a_request_and_its_answer(front):
     assert "x-secret" not in dict(answer.headers)
 
 
-def test_a_chunked_request(front, request):
+def test_a_chunked_request_is_forwarded(front, request):
     cannot(
         request,
         front,
@@ -145,7 +145,7 @@ def test_a_chunked_request(front, request):
     assert front.service.result()[2] == b"abc" + BLOCK
 
 
-def test_a_client_that_expects_100_continue(front):
+def test_a_client_that_expects_100_continue_is_answered(front):
     def handle(connection):
         received = connection.request()
         connection.send(OK)
@@ -154,7 +154,7 @@ def test_a_client_that_expects_100_continue(front):
     front.handle = handle
     with front.socket() as client, client.makefile("rb") as file:
         client.sendall(message(b"POST", b"/", b"Content-Length: 3", b"Expect: 100-continue", b"Connection: close"))
-        # PEP 3333 leaves it to the server when to say so; wsgiref and uWSGI never do, and a client does not wait long.
+        # PEP 3333 lets the server decide when to send it. wsgiref and uWSGI never do, and a client does not wait long.
         if front.name not in ("wsgiref", "uwsgi", "a2wsgi"):
             assert file.readline().startswith(b"HTTP/1.1 100 ")
             assert file.readline() == b"\r\n"
@@ -249,7 +249,7 @@ def test_the_service_sees_that_the_client_has_left(front, request):
 
 @pytest.mark.parametrize("size", [2_000, 200_000])
 @pytest.mark.parametrize("refusal", ["by the proxy", "by the service"])
-def test_the_connection_after_a_body_that_was_not_read(front, size, refusal):
+def test_a_body_that_was_not_read_is_not_taken_for_a_request(front, size, refusal):
     def handle(connection):
         start, _ = connection.head()
         connection.send(OK if start.startswith("GET") else b"HTTP/1.1 403 Forbidden\r\nContent-Length: 3\r\n\r\nno!")
@@ -262,7 +262,7 @@ def test_the_connection_after_a_body_that_was_not_read(front, size, refusal):
         connection.send(message(b"POST", b"/", *headers, b"Content-Length: %d" % len(body), body=body))
         answer = connection.read(b"POST")
         assert answer.status == (501 if refusal == "by the proxy" else 403)
-        # Either the server says that it closes the connection, or it does, or it understands the next request.
+        # The server announces that it closes the connection, or closes it, or understands the next request.
         if not answer.is_last:
             connection.send(message(b"GET", b"/next", b"Connection: close"))
             following = connection.read(b"GET")
@@ -274,7 +274,7 @@ def test_the_connection_after_a_body_that_was_not_read(front, size, refusal):
         front.service.result()
 
 
-def test_a_large_answer_in_little_memory(front, full):
+def test_a_large_answer_takes_little_memory(front, full):
     size = (FULL_SIZE if full else SIZE) // len(BLOCK) * len(BLOCK)
 
     def handle(connection):
@@ -298,7 +298,7 @@ def test_a_large_answer_in_little_memory(front, full):
     assert most < MOST_MEMORY
 
 
-def test_a_large_request_in_little_memory(front, full):
+def test_a_large_request_takes_little_memory(front, full):
     size = (FULL_SIZE if full else SIZE) // len(BLOCK) * len(BLOCK)
 
     def handle(connection):

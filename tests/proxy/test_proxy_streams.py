@@ -1,6 +1,6 @@
-"""Bodies pass in both directions as they come, and whoever ends an exchange ends it for the other side too.
+"""Bodies pass in both directions as they arrive, and when one side ends an exchange, it ends for the other side too.
 
-Nothing here measures time: what has to happen before something else is waited for by the other side.
+Nothing here measures time. If something has to happen first, the other side waits for it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
 def started():
-    """A ``start_response``, and the list of what it was called with."""
+    """Return a ``start_response``, and the list of what it was called with."""
     calls = []
 
     def start_response(status, headers, exc_info=None):
@@ -36,7 +36,7 @@ def started():
 
 
 class Input:
-    """A request body that comes in pieces, one for each read, and knows what was read of it."""
+    """A request body in pieces, one for each read, which counts the bytes that were read."""
 
     def __init__(self, pieces):
         self._pieces = iter(pieces)
@@ -81,7 +81,7 @@ def test_the_first_byte_passes_before_the_service_sends_the_second(head, first, 
         service.result()
 
 
-def test_chunks_that_come_together_go_on_together():
+def test_chunks_that_arrive_together_are_passed_on_together():
     with serving(answering(CHUNKED + b"1\r\na\r\n1\r\nb\r\n1\r\nc\r\n0\r\n\r\n")) as service:
         assert list(bodies(Proxy(service.url)(environ(), started()[0]))) == [b"abc"]
 
@@ -112,8 +112,8 @@ def test_the_first_byte_passes_before_the_client_sends_the_second(framing):
         service.result()
 
 
-def test_what_the_client_has_sent_passes_where_the_server_can_tell():
-    # As wsgiref's and werkzeug's input, a buffered socket: its read() waits for all that it is asked for.
+def test_the_first_byte_of_a_buffered_input_passes_before_the_second():
+    # The input of wsgiref and of werkzeug is a buffered socket. Its read() waits for as many bytes as it is asked for.
     def handle(connection):
         connection.head()
         first = connection.file.read(1)
@@ -146,7 +146,7 @@ def upload(size=UPLOAD):
     ],
 )
 @pytest.mark.parametrize("framing", [{"CONTENT_LENGTH": str(UPLOAD)}, {"HTTP_TRANSFER_ENCODING": "chunked"}])
-def test_a_service_refuses_before_it_has_read_the_body(ending, framing):
+def test_a_refusal_before_the_body_is_read_is_passed_on(ending, framing):
     def handle(connection):
         connection.head()
         connection.send(TOO_LARGE)
@@ -211,7 +211,7 @@ def echo(connection):
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
-def test_a_service_that_answers_while_it_reads(framing, full):
+def test_a_service_may_answer_while_it_reads(framing, full):
     size = (1024 if full else 24) * 1024 * 1024
     variables = {"HTTP_TRANSFER_ENCODING": "chunked", "wsgi.input_terminated": True}
     if framing == "length":
@@ -272,7 +272,7 @@ def test_a_stream_without_end_stops_when_its_client_leaves():
 
 
 class Left(BaseException):
-    """As GreenletExit and SystemExit are, no Exception."""
+    """Not an Exception, like GreenletExit and SystemExit."""
 
 
 @pytest.mark.parametrize("moment", ["reads the body", "starts the answer"])
@@ -317,7 +317,7 @@ def test_a_request_that_is_cut_is_cut_for_the_service(framing):
         assert service.result()
 
 
-def test_a_client_that_ends_its_body_early_while_the_answer_passes():
+def test_a_body_that_ends_early_ends_the_answer_too():
     def handle(connection):
         connection.head()
         connection.send(LENGTH + b"abc")
@@ -338,10 +338,10 @@ def test_a_client_that_ends_its_body_early_while_the_answer_passes():
         assert service.result()
 
 
-SILENCE = 0.2  # seconds, where nothing has to happen before
+SILENCE = 0.2  # seconds, if nothing has to happen first
 
 
-def test_a_service_that_is_silent_before_its_answer():
+def test_a_service_that_is_silent_before_its_answer_is_a_504():
     def handle(connection):
         connection.request()
         return connection.is_closed_by_peer()
@@ -354,7 +354,7 @@ def test_a_service_that_is_silent_before_its_answer():
     assert answer.json["error"]["type"] == "timeout_error"
 
 
-def test_a_service_that_takes_no_more_of_the_request():
+def test_a_service_that_stops_reading_is_a_504():
     def handle(connection):
         connection.head()
         assert is_over.wait(WAIT)
@@ -370,7 +370,7 @@ def test_a_service_that_takes_no_more_of_the_request():
 
 
 @pytest.mark.parametrize("sent", [LENGTH + b"abc", CHUNKED + b"3\r\nabc"])
-def test_a_service_that_falls_silent_within_its_answer(sent):
+def test_a_service_that_is_silent_within_its_answer_raises_a_timeout(sent):
     def handle(connection):
         connection.request()
         connection.send(sent)
@@ -381,11 +381,11 @@ def test_a_service_that_falls_silent_within_its_answer(sent):
         assert next(result) == b"abc"
         with pytest.raises(UpstreamTimeout):
             next(result)
-        assert service.result()  # closed, although nobody has closed the result
+        assert service.result()  # closed, although the result was not
 
 
 @pytest.mark.slow
-def test_the_timeout_is_that_of_a_silence_and_not_of_the_answer():
+def test_the_timeout_limits_a_silence_and_not_the_whole_answer():
     def handle(connection):
         connection.request()
         for byte in LENGTH[:-20]:
@@ -399,7 +399,7 @@ def test_the_timeout_is_that_of_a_silence_and_not_of_the_answer():
         service.result()
 
 
-def test_a_service_that_resets_the_connection_within_its_answer():
+def test_a_reset_within_an_answer_raises_upstream_error():
     def handle(connection):
         connection.request()
         connection.send(LENGTH + b"abc")
@@ -415,7 +415,7 @@ def test_a_service_that_resets_the_connection_within_its_answer():
             next(result)
 
 
-def test_a_host_that_does_not_take_the_connection():
+def test_a_service_that_accepts_no_connection_is_a_502():
     with ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         address = listener.getsockname()
@@ -429,7 +429,7 @@ def test_a_host_that_does_not_take_the_connection():
 
 
 def test_many_connections_leave_nothing_open(monkeypatch):
-    # A ResourceWarning is an error here. One socket each, whatever the number of the descriptor.
+    # A socket that is left open is a ResourceWarning, which is an error in the tests.
     with serving(answering(LENGTH + b"abcdef")) as service:
         application = Proxy(service.url)
         for _ in range(50):

@@ -1,4 +1,4 @@
-"""A service behind TLS: its certificate is verified, and TLS changes nothing of what passes."""
+"""A service behind TLS: its certificate is verified, and the same passes as without TLS."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DAY = datetime.timedelta(days=1)
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory):
-    """Make a certificate that signs itself. Returns the path of a file that has it and its key."""
+    """Return a function that makes a self-signed certificate, and returns the path of a file with it and its key."""
 
     def make(name="127.0.0.1", *, until=NOW + DAY):
         key = ec.generate_private_key(ec.SECP256R1())
@@ -72,7 +72,7 @@ def url(service, host="127.0.0.1"):
     return f"https://{host}:{service.port}"
 
 
-def test_a_verified_certificate(certificate, version, monkeypatch):
+def test_a_service_with_a_valid_certificate_is_asked(certificate, version, monkeypatch):
     path = certificate()
     monkeypatch.setenv("SSL_CERT_FILE", str(path))
     with serving(answering(OK), tls=tls(path, version)) as service:
@@ -85,7 +85,7 @@ def test_a_verified_certificate(certificate, version, monkeypatch):
 
 
 @pytest.mark.parametrize("case", ["unknown authority", "another host", "expired", "no TLS"])
-def test_what_cannot_be_verified_is_not_asked(certificate, case, monkeypatch, caplog):
+def test_a_service_that_cannot_be_verified_is_not_asked(certificate, case, monkeypatch, caplog):
     path = certificate(
         "other.example" if case == "another host" else "127.0.0.1", until=NOW - DAY if case == "expired" else NOW + DAY
     )
@@ -109,7 +109,7 @@ def test_what_cannot_be_verified_is_not_asked(certificate, case, monkeypatch, ca
     assert "hidden" not in caplog.text
 
 
-def test_a_refusal_before_the_body_is_read(certificate, version, monkeypatch):
+def test_a_refusal_before_the_body_is_read_is_passed_on(certificate, version, monkeypatch):
     def handle(connection):
         connection.head()
         connection.send(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 3\r\n\r\nno!")
@@ -126,7 +126,7 @@ def test_a_refusal_before_the_body_is_read(certificate, version, monkeypatch):
     assert (answer.status, answer.body) == (413, b"no!")
 
 
-def test_a_service_that_answers_while_it_reads(certificate, version, monkeypatch):
+def test_a_service_may_answer_while_it_reads(certificate, version, monkeypatch):
     def handle(connection):
         connection.head()
         connection.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
