@@ -1,4 +1,4 @@
-"""The benchmarks still run. What they measure is for a person to read: no test depends on a time."""
+"""The benchmarks run. Only a person judges what they measure: no test depends on a time."""
 
 import importlib.util
 import json
@@ -42,9 +42,9 @@ PROXIES = [
 EVENTS = [
     "OpenAI's, without usage",
     "OpenAI's, asked for their usage",
-    "OpenAI's, and the usage is taken out",
+    "OpenAI's, and the usage is removed",
     "OpenAI's, each in two chunks",
-    "OpenAI's, each in two chunks, and the usage is taken out",
+    "OpenAI's, each in two chunks, and the usage is removed",
     "Anthropic's",
 ]
 TOKENS = ["1,000 tokens", "2,000 tokens"]
@@ -143,7 +143,7 @@ LEFT_OUT = [
 
 @pytest.fixture
 def temporary():
-    # As /tmp is: where the tests are root's, database servers are another user's, who cannot go to pytest's directory.
+    # Like /tmp: if root runs the tests, database servers run as another user, who cannot enter pytest's directory.
     with tempfile.TemporaryDirectory(prefix="usage-middleware-") as directory:
         os.chmod(directory, 0o1777)
         yield Path(directory)
@@ -154,7 +154,7 @@ def run_benchmarks(temporary, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(temporary))
 
     def run(*options, missing=()):
-        # A module that is None is one that cannot be found.
+        # A module that is None in sys.modules cannot be imported.
         code = (
             f"import runpy, sys; sys.modules.update(dict.fromkeys({missing}));"
             f" runpy.run_path({str(BENCHMARKS)!r}, run_name='__main__')"
@@ -162,7 +162,8 @@ def run_benchmarks(temporary, monkeypatch):
         size = [str(word) for option in SIZE.items() for word in option]
         command = [sys.executable, "-W", "error", "-c", code, *size, *options]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-        # Databases and servers' directories are gone. A connection that was left open is a ResourceWarning here.
+        # The directories of databases and servers have been removed. A connection that was left open would have been a
+        # ResourceWarning, which is an error here.
         assert list(temporary.iterdir()) == []
         return done
 
@@ -188,8 +189,8 @@ def test_every_measurement_is_made(run_benchmarks, full):
                 assert row["verdict"] == ("met" if (over >= 0 if row["is_least"] else over <= 0) else "missed")
 
 
-def test_a_person_gets_tables_and_is_told_what_is_left_out(run_benchmarks, monkeypatch):
-    monkeypatch.setenv("PATH", os.devnull)  # where no wrk is
+def test_tables_are_printed_with_a_line_for_what_is_left_out(run_benchmarks, monkeypatch):
+    monkeypatch.setenv("PATH", os.devnull)  # so that wrk is not found
     missing = ["whitenoise", "flask", "django", "fastapi"]
     done = run_benchmarks("--only", "http", "--only", "usage", "--only", "pass-through", missing=missing)
 

@@ -1,8 +1,8 @@
-"""Measures what the package costs, as ratios to other ways of doing the same: ``python tests/benchmarks``.
+"""Measure what the package costs, as ratios to other ways of doing the same: ``python tests/benchmarks``.
 
-Times depend on the machine, ratios hardly. None is asserted: a budget that is missed is printed as such, and the exit
-status tells only whether the measurements ran. A machine that does something else besides widens lowest and highest
-before it moves the ratio.
+Times depend on the machine, ratios hardly do. No ratio is asserted: a missed budget is printed as such, and the exit
+status says only whether the measurements ran. Other work on the machine changes the lowest and the highest ratio before
+it changes the median.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _COUNT = click.IntRange(min=1)
     type=_COUNT,
     help="How often to compare frameworks, token counts, threads, HTTP, proxies, histories, database servers.",
 )
-@click.option("--tokens", default=100_000, type=_COUNT, help="How many the database has.")
+@click.option("--tokens", default=100_000, type=_COUNT, help="How many tokens the database has.")
 @click.option(
     "--tokens-most",
     default=1_000_000,
     type=click.IntRange(min=2_000),
-    help="The most in the part 'tokens'; 10,000,000 take two minutes to fill, and 1.3 GB.",
+    help="The most tokens in the part 'tokens'. A database of 10,000,000 takes two minutes to fill, and 1.3 GB.",
 )
 @click.option("--at-once", default=64, type=_COUNT, help="The most threads, or connections, that ask at once.")
 @click.option(
@@ -48,9 +48,11 @@ _COUNT = click.IntRange(min=1)
 )
 @click.option("--charging-threads", default=16, type=_COUNT, help="How many threads of one process charge at once.")
 @click.option("--writers", default=64, type=_COUNT, help="How many processes charge at once.")
-@click.option("--charges", default=50, type=_COUNT, help="How often each of them does.")
-@click.option("--import-tokens", default=100_000, type=_COUNT, help="How many the part 'import' imports.")
-@click.option("--operations", default=1_000_000, type=_COUNT, help="How many the token of the part 'histories' has.")
+@click.option("--charges", default=50, type=_COUNT, help="How many charges each of them makes.")
+@click.option("--import-tokens", default=100_000, type=_COUNT, help="How many tokens the part 'import' imports.")
+@click.option(
+    "--operations", default=1_000_000, type=_COUNT, help="How many operations the token has in the part 'histories'."
+)
 @click.option(
     "--plots",
     "plots_directory",
@@ -61,8 +63,8 @@ _COUNT = click.IntRange(min=1)
 def main(only: tuple[str, ...], plots_directory: Path | None, as_json: bool, **sizes: object) -> None:
     """Measure what the package costs, side by side with other ways of doing the same.
 
-    Each table is one comparison, and its first row is the reference. The ratio is the median of those of the rounds;
-    lowest and highest tell how far they were apart. Latencies are medians over the rounds.
+    Each table is one comparison, and its first row is the reference. The ratio is the median over the rounds. Lowest
+    and highest are the extremes. Latencies are medians over the rounds.
     """
     if plots_directory is not None:
         if importlib.util.find_spec("matplotlib") is None:

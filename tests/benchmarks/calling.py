@@ -1,4 +1,4 @@
-"""Call an application as a server does, with a request in the form of a server behind a proxy."""
+"""Call an application as a server does, with a request as a server behind a proxy receives it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _ENVIRON = {
     "HTTP_AUTHORIZATION": "",
 }
 
-# The same request in the form of an ASGI server. The authorization goes in front.
+# The same request as an ASGI server passes it on. The Authorization header is added in front.
 _HEADERS = [
     (name.removeprefix("HTTP_").lower().replace("_", "-").encode(), str(value).encode())
     for name, value in _ENVIRON.items()
@@ -76,7 +76,7 @@ if hasattr(body, "close"):
 
 
 def environ(path: str, authorization: str = "") -> dict[str, Any]:
-    # Servers decode a path from what they received. So it is a new object, whose hash is not computed yet.
+    # A server decodes the path of each request. So it is a new object here too, whose hash is not computed yet.
     return _ENVIRON | {"PATH_INFO": path.encode().decode("latin-1"), "HTTP_AUTHORIZATION": authorization}
 
 
@@ -112,8 +112,10 @@ def usage_request(name: str, app: Any, make_key: Callable[[], str], **settings: 
 
 
 def asgi_usage_request(name: str, app: Any, run: Any, make_key: Callable[[], str], **settings: Any) -> Contender:
-    """Return a usage request that an ASGI application answers. One task awaits all of a turn, so starting the loop
-    costs no cost."""
+    """Return a usage request that an ASGI application answers.
+
+    One task awaits all requests of a turn, so the cost of starting the loop hardly counts.
+    """
 
     def make_scope() -> dict[str, Any]:
         return _scope(make_key())
@@ -129,7 +131,7 @@ def asgi_usage_request(name: str, app: Any, run: Any, make_key: Callable[[], str
 
 
 def check_same_answer(answer: Callable[[str], str], app: Any, run: Callable[[Any], Any] | None = None) -> None:
-    """End the measurement if an application's answer differs from the one that it is compared with.
+    """End the program if an application's answer differs from the one that it is compared with.
 
     :param run: what runs a coroutine to its end, if it is an ASGI application.
     """

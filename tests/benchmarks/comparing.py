@@ -1,10 +1,10 @@
-"""Compares ways of doing one thing, in one process and at the same time, so that what disturbs one disturbs all.
+"""Compare ways of doing one thing, in one process and at the same time, so that what disturbs one disturbs all.
 
-The contenders take short turns, A B C, B C A, C A B. A round is some of these for each, of which the median counts:
-a turn that something disturbed does not. Each round gives a ratio of its own, and the median of those is reported.
+The contenders take short turns, A B C, B C A, C A B. In a round each has several turns, and their median counts, so a
+turn that was disturbed does not. Each round gives a ratio, and the median of the ratios is reported.
 
-What is measured is the processor time of this thread. The clock on the wall would be unfair on a busy machine: the
-longer a turn is, the likelier another process comes in between. Only where a call waits for the disk it has to be that.
+The processor time of this thread is measured. Wall-clock time would be unfair on a busy machine: the longer a turn is,
+the more likely another process interrupts it. It is used only if a call waits for the disk.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from statistics import median
 from textwrap import indent
 from typing import Any, TypeAlias, TypeVar
 
-_CALLS = 100  # in a turn: few enough for their arguments to be in the processor's cache still, as a server's would be
+_CALLS = 100  # in a turn: few enough for their arguments to be still in the processor's cache, as with a server
 _TURNS = 20  # in a round
 _WARM_UP = 5  # turns
 
@@ -25,13 +25,13 @@ _WARM_UP = 5  # turns
 class Contender:
     """One way of doing the thing that is measured.
 
-    :param statement: what one call is, as :mod:`timeit` takes it. ``item`` in it is a fresh one for each call.
+    :param statement: one call, as :mod:`timeit` takes it. Its ``item`` is a new one for each call.
     :param make_item: makes an item, outside of the time that is measured.
-    :param budget: the most that it may cost, as a multiple of the reference.
-    :param clock: what is measured; :func:`time.perf_counter` where a call waits for the disk.
-    :param calls: how many a turn has.
-    :param each: whether the statement is for one item; else it is for all ``items`` of a turn.
-    :param names: what else the statement names.
+    :param budget: the most that a call may cost, as a multiple of the reference.
+    :param clock: what measures; :func:`time.perf_counter` if a call waits for the disk.
+    :param calls: how many calls a turn has.
+    :param each: whether the statement is for one ``item``. If not, it is for all ``items`` of a turn.
+    :param names: the other names in the statement.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class Contender:
         self.name = name
         self.budget = budget
         self._calls = calls
-        # timeit compiles the loop for each contender separately. That matters: since Python 3.11 the code of a call is
-        # specialised for what it calls, and a loop that calls several contenders would be slow for all of them.
-        # It also keeps the garbage collector from running meanwhile.
+        # timeit compiles the loop for each contender separately. That matters: since Python 3.11 the bytecode of a call
+        # is specialised for what it calls, and a loop that calls several contenders would be slow for all of them.
+        # timeit also keeps the garbage collector from running meanwhile.
         self._timer = timeit.Timer(
             "for item in items:\n" + indent(statement, "    ") if each else statement,
             "items = [make_item() for _ in range(calls)]",
@@ -60,7 +60,7 @@ class Contender:
         )
 
     def turn(self) -> float:
-        """Return the seconds that a call took, on the average of one turn."""
+        """Take one turn, and return the seconds that a call took on average."""
         return self._timer.timeit(1) / self._calls
 
 
@@ -98,7 +98,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """Values over a number of something, as a line for each name."""
+    """A chart with a line for each name."""
 
     file_name: str
     title: str
@@ -109,7 +109,7 @@ class Chart:
 
 
 Result: TypeAlias = Table | Chart | str
-"""What a measurement yields; a text is a line of its own, such as one that says what was left out."""
+"""What a measurement yields. A text is printed as it is, such as a line that says what was left out."""
 
 
 def compare(
@@ -121,7 +121,7 @@ def compare(
 ) -> Table:
     """Measure ``others`` against ``reference``.
 
-    :param baseline: what all of them do besides the thing that is measured. Its cost is taken off theirs.
+    :param baseline: what all of them do besides the thing that is measured. Its cost is subtracted from theirs.
     """
     compared = [reference, *others]
     costs = measure(compared if baseline is None else [baseline, *compared], rounds=rounds)
@@ -132,7 +132,7 @@ def compare(
 
 
 def measure(contenders: Sequence[Contender], *, rounds: int) -> dict[Contender, list[float]]:
-    """Return the seconds of a call of each, round by round."""
+    """Return the seconds of a call of each contender, round by round."""
     _round(contenders, turns=_WARM_UP)
     measured = [_round(contenders, turns=_TURNS) for _ in range(rounds)]
     return {contender: [seconds[contender] for seconds in measured] for contender in contenders}
@@ -146,7 +146,10 @@ def table_of(
     is_least: bool = False,
     latencies: Sequence[Sequence[float]] | None = None,
 ) -> Table:
-    """Return a table of names, what was measured of each in every round, and budgets. The first is the reference."""
+    """Return a table of what was measured.
+
+    :param measured: for each row its name, its value in every round, and its budget. The first row is the reference.
+    """
     _, reference, _ = measured[0]
     rows = []
     for number, (name, values, budget) in enumerate(measured):
@@ -168,6 +171,6 @@ _Item = TypeVar("_Item")
 
 
 def in_turn(items: Sequence[_Item], number: int) -> Sequence[_Item]:
-    """Return the items in the order of a round: each time another goes first."""
+    """Return the items, rotated so that another one is first in each round."""
     first = number % len(items)
     return (*items[first:], *items[:first])

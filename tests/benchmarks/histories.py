@@ -1,4 +1,4 @@
-"""What a holder asks of the past: usage by day, and pages of the log of a token that was used much."""
+"""What requests about the past cost: usage by day, and pages of the log of a token with many operations."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _OPERATION = """
 
 
 def days_of_a_year(rounds: int) -> Iterator[Result]:
-    """Usage by day of a token that used many models on every day of a year."""
+    """Measure usage by day of a token that used many models on every day of a year."""
     with _store() as (store, path, key), closing(sqlite3.connect(path, isolation_level=None)) as connection:
         first = store.today() - timedelta(_DAYS - 1)
         days = [first + timedelta(number) for number in range(_DAYS)]
@@ -61,7 +61,7 @@ def days_of_a_year(rounds: int) -> Iterator[Result]:
 
 
 def pages_of_a_log(operations: int, rounds: int) -> Iterator[Result]:
-    """Pages of the log of one token."""
+    """Compare pages of the log of one token."""
     with _store() as (store, path, key):
         rows = ((f"{n:032x}", "refund" if n % 20 == 0 else "charge", f"model-{n % 9}", n, n) for n in range(operations))
         _fill(path, _OPERATION, rows)
@@ -81,7 +81,7 @@ def pages_of_a_log(operations: int, rounds: int) -> Iterator[Result]:
 
 @contextmanager
 def _store() -> Iterator[tuple[SQLiteTokenStore, Path, str]]:
-    """Yield a temporary store with one token: its path, and the key."""
+    """Yield a temporary store with one token, its path, and the key."""
     with tempfile.TemporaryDirectory(prefix="usage-middleware-") as directory:
         path = Path(directory, "tokens.db")
         with SQLiteTokenStore(path) as store:

@@ -31,9 +31,9 @@ _INSERT = """
 
 
 def import_of_a_file(count: int) -> Iterator[Table]:
-    """Yield an import into a new database, with the same transactions and the same ``synchronous`` as by hand.
+    """Compare an import into a new database with the same transactions and the same ``synchronous`` by hand.
 
-    It is measured once, as processor time: it waits for the disk only where a transaction ends, after 10,000 tokens.
+    It is measured once, as processor time. It waits for the disk only at the end of a transaction of 10,000 tokens.
     """
     with tempfile.TemporaryDirectory(prefix="usage-middleware-") as directory:
         for name, write, read in (("CSV", _write_csv, _read_csv), ("JSON lines", _write_json_lines, _read_json_lines)):

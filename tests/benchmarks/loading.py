@@ -1,4 +1,4 @@
-"""Servers in processes of their own on the loopback interface, and wrk, which asks them as fast as they answer."""
+"""Servers in processes of their own on the loopback interface, and wrk, which loads them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from typing import NamedTuple
 from comparing import PERCENTILES
 from scaling import Load
 
-_SECONDS = 1  # in a turn; wrk takes whole seconds
+_SECONDS = 1  # of a turn; wrk accepts only whole seconds
 _START_TIMEOUT = 30.0  # seconds
 TELLS_PROCESSOR_TIME = Path("/proc/self/stat").exists()
 
-#: The end of a script of wrk's, which calls it when it is done.
+#: The last function of a script for wrk, which wrk calls at the end.
 DONE = f"""\
 function done(summary, latency)
     local errors = summary.errors
@@ -43,10 +43,10 @@ class Running(NamedTuple):
 def running(
     name: str, command: Callable[[int], Sequence[str]], environment: Mapping[str, str] | None = None
 ) -> Iterator[Running]:
-    """Run a server until the end.
+    """Run a server within the context.
 
-    :param name: what to call it where it does not start.
-    :param command: from the port on which it has to listen to the command that starts it.
+    :param name: its name in the error if it does not start.
+    :param command: returns the command that starts it on a port.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -58,7 +58,7 @@ def running(
             env={**os.environ, **(environment or {})},
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # by which its workers are found
+            start_new_session=True,  # its workers are found by their session
         )
         try:
             deadline = time.monotonic() + _START_TIMEOUT
@@ -93,7 +93,7 @@ def _accepts(port: int) -> bool:
 
 
 def ask(server: Running, connections: int, script: Path, *arguments: Path, path: str = "") -> Load:
-    """Ask a server for a while, and return the result."""
+    """Load a server with requests for one turn, and return the result."""
     options = ["--threads", "1", "--connections", str(connections), "--duration", f"{_SECONDS}s", "--timeout", "30s"]
     command = ["wrk", *options, "--script", script, f"http://127.0.0.1:{server.port}{path}", "--", *arguments]
     processor_time = _processor_time(server.process_id)

@@ -38,7 +38,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 from usage_middleware import MemoryTokenStore, UsageMiddleware
 
-# Two are as long as the usage path, with and without its slash: texts of another length are distinguished sooner.
+# Two are as long as the usage path, with and without a slash at its end: comparing texts of other lengths is faster.
 _OTHER_PATHS = ("/v1/chat/completions", "/v1/models/mini-1", "/api/usage/quota", "/static/app.css")
 _MOST_IN_MEMORY = 100_000
 
@@ -61,7 +61,7 @@ class Options:
 
 
 def _pass_through(options: Options) -> Iterator[Result]:
-    """Yield what a middleware adds to a call of the application that it wraps."""
+    """Measure what a middleware adds to a call of the application that it wraps."""
     paths = itertools.cycle(_OTHER_PATHS)
 
     def contender(name: str, app: Any, *, budget: float | None = None) -> Contender:
@@ -96,7 +96,7 @@ def _pass_through(options: Options) -> Iterator[Result]:
 
 
 def _usage(options: Options) -> Iterator[Result]:
-    """Yield a whole usage request, against nothing but the work that it cannot do without, and against frameworks."""
+    """Compare a whole usage request with the least work that it needs, and with frameworks."""
     make_key = random_keys(options.tokens)
     with filled_database(options.tokens) as path, ExitStack() as stack:
         answer = hand_written(stack.enter_context(closing(sqlite3.connect(path, isolation_level=None))))
@@ -146,7 +146,7 @@ def _frameworks(path: Path, answer: Callable[[str], str], make_key: Callable[[],
 
 
 def _usage_in_memory(options: Options) -> Iterator[Result]:
-    """Yield the same with stores that are not databases. There is no budget: this shows the database's share."""
+    """Measure the same with stores that are not databases. It has no budget: it shows how much the database costs."""
     count = min(options.tokens, _MOST_IN_MEMORY)
     make_key = random_keys(count)
     with (
@@ -167,7 +167,7 @@ def _usage_in_memory(options: Options) -> Iterator[Result]:
         )
 
 
-# By the names that the command line knows.
+# By the names that the option --only takes.
 PARTS: dict[str, tuple[Callable[[Options], Iterator[Result]], ...]] = {
     "pass-through": (_pass_through,),
     "usage": (_usage, _usage_in_memory),

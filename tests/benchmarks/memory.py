@@ -1,7 +1,7 @@
-"""Prints by how many bytes this process grows while it asks for random tokens.
+"""Print by how many bytes this process grows while it asks for random tokens.
 
-Takes the database, how many tokens it has, and how many requests to make. A process of its own, as in one that did
-other things before, memory that was free already would hide what is taken.
+Its arguments are the database, how many tokens that has, and how many requests to make. It is a program of its own,
+because a process that did other things before has free memory, which would hide what is taken.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from calling import answer_of, usage_environ
 from peers import OURS
 from tokens_database import random_keys
 
-_WARM_UP = 10  # requests: few, as SQLite's page cache should not be full before
+_WARM_UP = 10  # requests: few, so that they do not fill SQLite's page cache
 
 
 def main() -> None:

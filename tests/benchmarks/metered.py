@@ -1,4 +1,4 @@
-"""What the meter adds: to a request, beside reserving and settling by hand, and to each event of a stream."""
+"""What the meter adds to a request, compared with reserving and settling by hand, and to each event of a stream."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from usage_middleware import LLMUsage, MemoryTokenStore, SQLiteTokenStore, Usage
 
 _PATH = "/v1/work"
 _BODY = b"x" * 100
-_EVENTS = 1000  # of a stream, so that the request itself hardly counts
+_EVENTS = 1000  # in a stream: enough for the request itself to hardly count
 _BUDGET_OF_AN_EVENT = 5e-6  # seconds
 _REQUEST = json.dumps({"model": "gpt-4o", "stream": True, "messages": []}).encode()
 
 
 def metered_request(rounds: int) -> Iterator[Table]:
-    """Yield a request whose cost is reserved and settled, by the meter and by the application itself."""
+    """Compare a request that the meter reserves and settles with one for which the application does so itself."""
     title = "A metered request, against the same application with reserve and settle called by hand"
     with tempfile.TemporaryDirectory(prefix="usage-middleware-") as directory:
         with SQLiteTokenStore(Path(directory, "durable.db")) as store:
-            # One call a turn: each waits for the disk, and what else the disk does then counts for one of them only.
+            # One call per turn: each waits for the disk, and other work of the disk then disturbs a single call.
             waiting = {"clock": time.perf_counter, "calls": 1, "budget": 1.2}
             yield compare(f"{title}: durable, on the clock", *_requests(store, **waiting), rounds=rounds)
         with SQLiteTokenStore(Path(directory, "other.db"), synchronous="OFF") as store:
@@ -35,7 +35,7 @@ def metered_request(rounds: int) -> Iterator[Table]:
 
 
 def metered_events(rounds: int) -> Iterator[Table]:
-    """Yield the meter's own time for an event: what a stream takes with it, less what the same stream takes without."""
+    """Measure the meter's own time for an event: that of a stream with the meter, less that of the stream without."""
     with MemoryTokenStore() as store:
         rows = [("5 microseconds", [_BUDGET_OF_AN_EVENT] * rounds, None)]
         for name, chunks, cost in _streams():
@@ -83,9 +83,9 @@ def _streams() -> Iterator[tuple[str, list[bytes], LLMUsage]]:
     halves = [openai[:middle], openai[middle:]]
     yield "OpenAI's, without usage", [openai], plain
     yield "OpenAI's, asked for their usage", [asked], plain
-    yield "OpenAI's, and the usage is taken out", [asked], ask
+    yield "OpenAI's, and the usage is removed", [asked], ask
     yield "OpenAI's, each in two chunks", halves, plain
-    yield "OpenAI's, each in two chunks, and the usage is taken out", halves, ask
+    yield "OpenAI's, each in two chunks, and the usage is removed", halves, ask
     delta = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": " word"}}
     yield "Anthropic's", [b"event: content_block_delta\ndata: " + json.dumps(delta).encode() + b"\n\n"], plain
 

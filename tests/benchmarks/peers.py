@@ -1,14 +1,14 @@
-"""The same answer, written with other frameworks. A usage request is compared with these.
+"""The same answer from other frameworks, with which a usage request is compared.
 
-Each peer looks the key's digest up in the database that ``SQLiteTokenStore`` made, and sends the same answer. Where
-a framework leaves a choice, the faster one is taken: Django without middleware and with a lasting connection,
+Each peer looks the key's digest up in the database that ``SQLiteTokenStore`` made, and sends the same answer. If a
+framework leaves a choice, the faster one is taken: Django without middleware and with a persistent connection,
 SQLAlchemy with a connection for every thread, FastAPI without a model of the answer.
 
-A server of its own process is given the name of a peer in ``PEER`` and the database in ``TOKENS_DATABASE``, and takes
-:func:`application`.
+A server in a process of its own serves :func:`application`. ``PEER`` names the peer, ``TOKENS_DATABASE`` the database.
 """
 
-# Annotations stay what they are: FastAPI reads those of a view, and would not find the names of a function in texts.
+# There is no "from __future__ import annotations": FastAPI evaluates the annotations of a view, and would not find the
+# names that are local to a function.
 
 import hashlib
 import importlib.util
@@ -29,7 +29,7 @@ from usage_middleware import SQLiteTokenStore, UsageMiddleware
 _MOST_THREADS = 64
 _CONTENT_TYPE = "application/json; charset=utf-8"
 
-# The headers that the wire contract requires on every answer, beside its content type and length.
+# The headers that every answer must have, besides Content-Type and Content-Length.
 _HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -51,9 +51,9 @@ _SELECT = f"SELECT {', '.join(_FIELDS)} FROM tokens WHERE digest = ?"
 class Peer:
     """A way to answer the usage request.
 
-    :param packages: what must be installed, under the names that are imported.
+    :param packages: what must be installed, by the names for import.
     :param make: makes the application for a database.
-    :param calls: how many of it make a turn: what takes long needs fewer for the clock to tell.
+    :param calls: how many calls make a turn. A slow peer needs fewer to be measured.
     """
 
     name: str
@@ -74,7 +74,7 @@ def present(peers: tuple[Peer, ...]) -> tuple[list[Peer], list[str]]:
 
 
 def hand_written(connection: sqlite3.Connection) -> Callable[[str], str]:
-    """Return the work that a usage request cannot do without: one look-up by digest, one ``json.dumps``."""
+    """Return the least work that a usage request needs: one look-up by digest, one ``json.dumps``."""
 
     def answer(key: str) -> str:
         return json.dumps(_answer(*connection.execute(_SELECT, (_digest(key),)).fetchone()))
@@ -233,7 +233,7 @@ def django_view(path: Path) -> Iterator[Any]:
     import django
     from django.conf import settings
 
-    # Django is configured once in a process, and with it the database.
+    # Django can be configured only once in a process, and the database with it.
     settings.configure(
         ALLOWED_HOSTS=["*"],
         DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": str(path), "CONN_MAX_AGE": None}},
@@ -295,7 +295,7 @@ def fastapi_threads(path: Path) -> Iterator[Any]:
 
 @contextmanager
 def fastapi_loop(path: Path) -> Iterator[Any]:
-    """Yield an ``async def`` view that keeps the loop waiting for its short query: no thread, and the faster for it."""
+    """Yield an ``async def`` view that blocks the loop during its short query. It needs no thread, so it is faster."""
     from fastapi import Request
     from sqlalchemy import select
     from sqlalchemy.orm import Session

@@ -1,4 +1,4 @@
-"""Draws charts as SVG, by matplotlib: the extra ``benchmarks`` installs it, nothing else needs it."""
+"""Draw charts as SVG with matplotlib, which the extra ``benchmarks`` installs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The service behind the proxies that are compared, and the WSGI applications that forward to it.
 
-``python proxied_service.py PORT`` serves. A WSGI server takes :func:`application`: ``PROXY`` names the way of
-forwarding, ``UPSTREAM`` is the service's URL.
+``python proxied_service.py PORT`` runs the service. A WSGI server serves :func:`application`: ``PROXY`` names the way
+of forwarding, and ``UPSTREAM`` is the service's URL.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ async def _serve(port: int) -> None:
 
 
 def application() -> Any:
-    """Forward to the service, or stand in for it, to measure what a WSGI server costs without a proxy."""
+    """Return an application that forwards to the service, or that answers itself, without a proxy."""
     name, url = os.environ["PROXY"], os.environ["UPSTREAM"]
     if name == "Proxy":
         from usage_middleware import Proxy
@@ -69,7 +69,7 @@ def application() -> Any:
         from werkzeug.exceptions import NotFound
         from werkzeug.middleware.http_proxy import ProxyMiddleware
 
-        # It forwards what is below a prefix with a slash behind it.
+        # It forwards the paths below a prefix that is followed by a slash.
         targets = {f"/{path}": {"target": url, "remove_prefix": False} for path in ("json", "stream", "pause")}
         return ProxyMiddleware(NotFound(), targets)
     return _bare

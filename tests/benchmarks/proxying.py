@@ -1,4 +1,4 @@
-"""An HTTP service behind proxies: what Proxy adds, beside nginx and werkzeug's ProxyMiddleware, in one run."""
+"""An HTTP service behind proxies: what Proxy adds, compared with nginx and werkzeug's ProxyMiddleware."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _BARE = "a bare WSGI function, on gunicorn, no service"
 _DIRECT = "the service itself"
 _PROXIES = {_OURS: "Proxy", _WERKZEUG: "ProxyMiddleware", _BARE: "none"}
 
-_FIRST_EVENTS = 20  # that are waited for in a round
+_FIRST_EVENTS = 20  # in a round
 
-# As nginx is installed: a connection to the service for each request, as Proxy has it, and one worker, as gunicorn.
+# A connection to the service for each request, like Proxy, and one worker, like gunicorn here.
 _NGINX_CONFIGURATION = """\
 daemon off;
 worker_processes 1;
@@ -56,7 +56,7 @@ http {{
 
 
 def through_proxies(most_connections: int, rounds: int) -> Iterator[Result]:
-    """Requests per second, latencies and processor time: of JSON, of event streams, and until the first event."""
+    """Measure requests per second, latencies and processor time of JSON and of event streams, and the first event."""
     nginx = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"]))
     for program, found in (("nginx", nginx), ("wrk", shutil.which("wrk"))):
         if found is None:

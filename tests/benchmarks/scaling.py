@@ -1,4 +1,4 @@
-"""What a usage request costs with ever more tokens, and with ever more threads at once."""
+"""What a usage request costs with more and more tokens, and with more and more threads at once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _IN_MEMORY = 10_000  # tokens
 
 
 def by_number_of_tokens(most: int, rounds: int) -> Iterator[Result]:
-    """Yield a usage request with 1,000 tokens, ten times as many, and so on."""
+    """Measure a usage request with 1,000 tokens, ten times as many, and so on."""
     counts = [_FEWEST_TOKENS]
     while counts[-1] < most:
         counts.append(min(counts[-1] * 10, most))
@@ -74,7 +74,7 @@ def by_number_of_tokens(most: int, rounds: int) -> Iterator[Result]:
 
 
 def _memory(paths: dict[int, Path], requests: int) -> Iterator[Result]:
-    """By how much a process grows while it asks for random tokens. Each number has a process of its own."""
+    """Measure how much a process grows while it asks for random tokens. Each number of tokens has its own process."""
     if not Path("/proc/self/statm").exists():
         yield "What a process grows by: left out, this system has no /proc/self/statm"
         return
@@ -90,7 +90,7 @@ def _memory(paths: dict[int, Path], requests: int) -> Iterator[Result]:
 
 @dataclass(frozen=True)
 class Load:
-    """The result of asking for a while."""
+    """The result of one turn."""
 
     per_second: float
     latencies: Sequence[float]  # seconds, at the PERCENTILES
@@ -98,7 +98,7 @@ class Load:
 
 
 def by_number_of_threads(tokens: int, most: int, rounds: int) -> Iterator[Result]:
-    """Yield a usage request that 1, 2, 4, ... threads of one process ask for at once, as fast as they can."""
+    """Measure usage requests of 1, 2, 4, ... threads of one process, which ask as fast as they can."""
     numbers = [1]
     while numbers[-1] < most:
         numbers.append(min(numbers[-1] * 2, most))
@@ -149,7 +149,7 @@ def _threads(number: int) -> str:
 
 
 def load_table(title: str, loads: dict[str, list[Load]]) -> Table:
-    """Requests per second as ratios to the first, and the medians of the latencies."""
+    """Return a table of requests per second, as ratios to the first, and of the medians of the latencies."""
     return table_of(
         title,
         [(name, [load.per_second for load in taken], None) for name, taken in loads.items()],
@@ -162,22 +162,22 @@ def load_table(title: str, loads: dict[str, list[Load]]) -> Table:
 
 
 def processor_time_table(title: str, loads: dict[str, list[Load]]) -> Table:
-    """Return what a request costs: more reliable than the clock on a machine that is also busy with other work."""
+    """Return a table of processor time. On a busy machine it is more reliable than the clock."""
     return table_of(title, [(name, [load.processor_time for load in taken], None) for name, taken in loads.items()])
 
 
 def _ask_at_once(app: Any, keys: Sequence[str], threads: int) -> Load:
-    """Let that many threads ask, each one request after the other."""
+    """Let that many threads ask, each of them one request after the other."""
     latencies: list[list[float]] = [[] for _ in range(threads)]
     environs = [usage_environ(key) for key in keys]
     clocks: list[float] = []
-    # The last thread that is ready reads the clocks, before any of them goes on.
+    # The last thread that is ready reads the clocks, before any thread continues.
     start = threading.Barrier(threads, lambda: clocks.extend((time.perf_counter(), time.process_time())))
 
     def ask(number: int) -> None:
         taken = latencies[number]
         place = number * 101
-        answer_of(app, environs[place % len(environs)].copy())  # what a thread has of its own is made before
+        answer_of(app, environs[place % len(environs)].copy())  # so that what a thread keeps for itself is made before
         start.wait()
         end = clocks[0] + _TURN
         begun = 0.0

@@ -1,4 +1,4 @@
-"""The usage request over HTTP: real servers on the loopback interface, each in processes of its own, asked by wrk."""
+"""The usage request over HTTP: real servers on the loopback interface, in processes of their own, loaded by wrk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TITLES = {
     "gunicorn": "gunicorn with 1 gthread worker, {threads} threads",
 }
 
-_ASKED = 10_000  # keys that are asked for, again and again
+_ASKED = 10_000  # keys whose usage is asked for, over and over
 
 # wrk calls `init` once in each of its threads, `request` for each request and `done` at the end.
 _SCRIPT = f"""\
@@ -44,7 +44,7 @@ end
 
 
 def over_http(servers: Sequence[str], tokens: int, most_connections: int, rounds: int) -> Iterator[Result]:
-    """Requests per second and latencies, with one connection and with many."""
+    """Measure requests per second and latencies, with one connection and with many."""
     if shutil.which("wrk") is None:
         yield "HTTP: left out, wrk is not installed"
         return

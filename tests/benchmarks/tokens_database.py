@@ -1,4 +1,4 @@
-"""A database with many tokens, filled faster than a store would: behind its back, in the tables that it made."""
+"""A database with many tokens, which are inserted directly into a store's tables, faster than the store would do it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def filled_database(count: int) -> Iterator[Path]:
             store.create(name="not one of those that are asked for")
         with closing(sqlite3.connect(path, isolation_level=None)) as connection:
             connection.execute("PRAGMA synchronous = OFF")
-            connection.execute("PRAGMA cache_size = -500000")  # digests come in no order, so pages are met again
+            connection.execute(
+                "PRAGMA cache_size = -500000"
+            )  # digests come in random order, so each page is needed often
             for start in range(0, count, _CHUNK):
                 end = min(start + _CHUNK, count)
                 connection.execute("BEGIN")
@@ -45,12 +47,12 @@ def filled_database(count: int) -> Iterator[Path]:
 
 
 def key(number: int) -> str:
-    """Return a key of 48 characters, without the prefix. Computed, so that ten million of them need no memory."""
+    """Return a key of 48 characters, without the prefix. It is computed, so ten million of them need no memory."""
     return hashlib.sha384(b"%d" % number).hexdigest()[:48]
 
 
 def random_keys(count: int) -> Callable[[], str]:
-    """Return one of the first ``count`` keys at every call, in an order that is the same in every run."""
+    """Return a function that returns one of the first ``count`` keys, in an order that is the same in every run."""
     numbers = random.Random(count)
     return lambda: key(numbers.randrange(count))
 

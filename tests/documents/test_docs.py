@@ -1,4 +1,4 @@
-"""The documentation: its examples run, its links lead somewhere, and its reference is what the code says."""
+"""The documentation: its examples run, its links have targets, and its reference is up to date."""
 
 import inspect
 import os
@@ -30,7 +30,7 @@ EXAMPLES = [
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """An empty folder with the database that the examples of one's own table have."""
+    """Yield an empty folder with the database that the examples of own-table.md use."""
     monkeypatch.chdir(tmp_path)
     database = sqlite3.connect("customers.db")
     database.execute("CREATE TABLE cust (apikey TEXT PRIMARY KEY, nm TEXT, credits INTEGER, spent INTEGER)")
@@ -46,7 +46,7 @@ def test_an_example_runs(text):
     if "Contract)" not in text:
         exec(text, {"__name__": "example"})
         return
-    # It is a test module, which goes on where the example before it ended.
+    # This one is a test module, which needs the class of the example before it.
     before = next(other.values[0] for other in EXAMPLES if "class Customers:" in other.values[0])
     with open("test_example.py", "w") as file:
         file.write(before + "\n\n" + text)
@@ -60,13 +60,13 @@ def test_an_example_runs(text):
 
 
 def anchors(page):
-    """The anchors that the headings of a page have."""
+    """Return the anchors of a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_lead_somewhere(page):
+def test_links_have_targets(page):
     text = re.sub(r"```.*?^```|`[^`]*`", "code", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     for link in LINK.findall(text):
         if link.startswith("http"):
@@ -85,7 +85,7 @@ def test_the_reference_is_up_to_date():
 
 
 def defaults():
-    """Every keyword of what a host constructs, with its default."""
+    """Yield every keyword argument of the classes that a host constructs, with its default."""
     for thing in (UsageMiddleware, UsageMeter, Proxy, NewAPI, SQLiteTokenStore, SQLAlchemyTokenStore):
         for name, parameter in inspect.signature(thing).parameters.items():
             if parameter.kind is parameter.KEYWORD_ONLY and name != "clock":
@@ -108,13 +108,13 @@ def test_every_option_of_serve_is_documented():
     assert {option for option in options if f"`{option}" not in text} == set()
 
 
-def test_public_names_are_those_that_can_be_imported():
+def test_every_public_name_can_be_imported_and_is_described():
     for name in usage_middleware.__all__:
         assert getattr(usage_middleware, name).__doc__, name
     assert set(usage_middleware.__all__) <= set(dir(usage_middleware))
 
 
-def test_tokens_move(tmp_path, postgresql, monkeypatch):
+def test_the_commands_for_moving_tokens_print_what_the_page_shows(tmp_path, postgresql, monkeypatch):
     monkeypatch.setenv("PATH", f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}")
     text = (ROOT / "docs" / "moving-tokens.md").read_text(encoding="utf-8")
     console = re.search(r"^```console\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[1]

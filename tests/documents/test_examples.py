@@ -1,4 +1,4 @@
-"""The programs in examples/, each started the way its reader starts it, and asked over HTTP."""
+"""The programs in examples/, each started as its reader starts it, and asked over HTTP."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PATH = "/api/usage/token"
 COMMAND = r"curl -H 'Authorization: Bearer (?P<key>sk-\S+)' http://127\.0\.0\.1:(?P<port>\d+)/api/usage/token"
 
 STOPS_WITHIN = 15.0  # seconds
-# What Ctrl-C sends. A test run in the background of a shell may have it ignored, and hands that on to its children.
+# What Ctrl-C sends. If the tests run in the background of a shell, it may be ignored, and children inherit that.
 STOP = signal.SIGTERM if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else signal.SIGINT
 
 
@@ -94,7 +94,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Running:
-    """A program that is being served."""
+    """A program that is running."""
 
     program: Program
     command: str
@@ -142,11 +142,11 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture
 def example(running: Running) -> Iterator[Running]:
     yield running
-    print(running.stderr.read_text())  # which pytest shows where a test failed
+    print(running.stderr.read_text())  # pytest shows it if the test failed
 
 
 def wait_until_served(process: subprocess.Popen[bytes], port: int, stdout: Path, stderr: Path) -> re.Match[str]:
-    """The printed curl command, once the program has printed it and accepts connections."""
+    """Wait until the program has printed its curl command and accepts connections. Return the command."""
     command = until_logged(COMMAND, stdout, process)
     assert int(command["port"]) == port
     assert command.start() == 0, stdout.read_text()
@@ -159,7 +159,7 @@ def test_every_program_is_in_the_table() -> None:
     assert programs == {program.name for program in PROGRAMS}
 
 
-def test_usage(example: Running) -> None:
+def test_each_program_answers_the_usage_of_its_key(example: Running) -> None:
     answer = example.ask("GET", PATH, f"Bearer {example.key}")
 
     assert (answer.status, answer.body) == (200, example.program.usage)
@@ -179,14 +179,14 @@ def test_usage(example: Running) -> None:
         pytest.param(PATH + "?t=1", "sk-", id="query"),
     ],
 )
-def test_the_same_usage(example: Running, path: str, prefix: str) -> None:
+def test_the_usage_is_the_same_for_each_form_of_path_and_key(example: Running, path: str, prefix: str) -> None:
     answer = example.ask("GET", path, f"Bearer {prefix}{example.key.removeprefix('sk-')}")
     assert (answer.status, answer.body) == (200, example.program.usage)
 
 
 @pytest.mark.parametrize("path", [PATH, PATH + "/"])
-def test_head(example: Running, path: str) -> None:
-    # By a socket: http.client would not read a body that must not be there.
+def test_head_has_the_length_and_no_body(example: Running, path: str) -> None:
+    # Use a socket: http.client would not read a body that is sent by mistake.
     request = (
         f"HEAD {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {example.key}\r\nConnection: close\r\n\r\n"
     )
@@ -215,7 +215,7 @@ def test_head(example: Running, path: str) -> None:
         pytest.param("POST", None, 405, "Method Not Allowed", ("Allow", "GET, HEAD, OPTIONS"), id="another-method"),
     ],
 )
-def test_refusal(
+def test_a_refusal_is_that_of_the_endpoint(
     example: Running, method: str, authorization: str | None, status: int, message: str, header: tuple[str, str]
 ) -> None:
     answer = example.ask(method, PATH, authorization)
@@ -227,7 +227,7 @@ def test_refusal(
     assert answer.headers["Access-Control-Allow-Origin"] == "*"
 
 
-def test_preflight(example: Running) -> None:
+def test_a_preflight_is_answered(example: Running) -> None:
     answer = example.ask("OPTIONS", PATH)
 
     assert (answer.status, answer.body) == (204, b"")
@@ -245,15 +245,15 @@ def test_another_path_is_the_wrapped_application(example: Running) -> None:
     assert ("Access-Control-Allow-Origin" in answer.headers) == (status == 401)
 
 
-def test_the_printed_command(example: Running) -> None:
+def test_the_printed_command_prints_the_usage(example: Running) -> None:
     find_program("curl", "curl")
-    # Whatever proxy the machine uses, it does not lead to this loopback.
+    # If the machine uses a proxy, the proxy cannot reach this loopback interface.
     environment = {**os.environ, "no_proxy": "127.0.0.1"}
     done = subprocess.run(shlex.split(example.command), env=environment, stdout=subprocess.PIPE, timeout=10, check=True)
     assert done.stdout == example.program.usage
 
 
-def test_the_old_application_knows_nothing_of_tokens() -> None:
+def test_the_old_application_does_not_import_the_package() -> None:
     assert "usage_middleware" not in (EXAMPLES / "old_application.py").read_text()
 
 
@@ -275,7 +275,7 @@ only_legacy_proxy = pytest.mark.parametrize(
         pytest.param("POST", "/orders", b"quinces=3\0", id="body"),
     ],
 )
-def test_the_legacy_service_gets_the_request_as_it_was(example: Running, method: str, path: str, body: bytes) -> None:
+def test_the_legacy_service_gets_the_request_unchanged(example: Running, method: str, path: str, body: bytes) -> None:
     answer = example.ask(method, path, "Bearer sk-mine", body)
 
     assert answer.status == 200
@@ -325,7 +325,7 @@ def legacy_database(legacy_table: ModuleType, tmp_path: Path) -> Iterator[sqlite
         pytest.param(("", 1, 0, None, 1), Token(total_available=1, enabled=False), 401, id="blocked"),
     ],
 )
-def test_a_legacy_client(
+def test_a_row_of_the_legacy_table_becomes_a_token(
     legacy_table: ModuleType,
     legacy_database: sqlite3.Connection,
     tmp_path: Path,
@@ -352,7 +352,7 @@ def test_a_legacy_client(
         pytest.param("", id="empty"),
     ],
 )
-def test_no_legacy_client(
+def test_only_the_exact_key_finds_a_legacy_client(
     legacy_table: ModuleType, legacy_database: sqlite3.Connection, tmp_path: Path, key: str
 ) -> None:
     legacy_database.execute("INSERT INTO api_clients (apikey) VALUES (?)", (LEGACY_KEY,))
@@ -375,7 +375,7 @@ def test_an_unreadable_date_does_not_mean_never(
         legacy_table.LegacyTokenStore(str(tmp_path / "legacy.db")).get(LEGACY_KEY)
 
 
-def test_a_legacy_database_that_is_not_there_is_not_made(legacy_table: ModuleType, tmp_path: Path) -> None:
+def test_a_legacy_database_that_does_not_exist_is_not_created(legacy_table: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(sqlite3.OperationalError):
         legacy_table.LegacyTokenStore(str(tmp_path / "missing.db")).get(LEGACY_KEY)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The examples of the meter, started as a reader starts them: the printed commands are run, and the balance falls."""
+"""The examples of the meter, started as a reader starts them: the commands that they print are run, and charged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GRANTED = 1_000_000
 
 @contextmanager
 def running(name, tmp_path):
-    """The commands that a program prints, while it is running."""
+    """Run a program, and yield the commands that it prints."""
     find_program("curl", "curl")
     port = free_port()
     environment = {**os.environ, "PYTHONWARNINGS": "default::ResourceWarning"}
@@ -102,7 +102,7 @@ def test_tokens_are_charged_in_json_and_in_event_streams(tmp_path):
 
 
 def test_opentelemetry_sees_what_is_charged(tmp_path):
-    # In a process of its own: a provider of metrics is set once.
+    # It runs in a process of its own, because a provider of metrics can be set only once.
     program = """
 import json
 from opentelemetry import metrics

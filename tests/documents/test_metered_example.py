@@ -1,4 +1,4 @@
-"""The examples that charge: what their callers are answered, and what that leaves of the quota."""
+"""The examples that charge: how they answer, and how much quota is left then."""
 
 import importlib
 import sys
@@ -22,13 +22,13 @@ def example(request, tmp_path, monkeypatch):
 
 @pytest.fixture
 def keeps_answers(example):
-    """Whether the example gives the first answer again when a request is repeated."""
+    """Return whether the example answers a repeated request with the first answer."""
     return example.__name__ == "idempotent_flask"
 
 
 @pytest.fixture
 def client(example):
-    """Sends a request with a key; the client of Flask itself."""
+    """Return a function that sends a request with a key, by Flask's test client."""
 
     def send(key, text="hello", name="mine"):
         headers = {"Authorization": f"Bearer {key}", "Idempotency-Key": name}
@@ -42,13 +42,13 @@ def usage(example, key):
     return answer.json["data"]["total_used"], answer.json["data"]["total_available"]
 
 
-def test_a_request_is_charged_for_what_it_came_to(example, client):
+def test_a_request_costs_a_unit_per_character(example, client):
     key, _ = example.store.create(total_available=2000)
     assert client(key).text == "HELLO"
     assert usage(example, key) == (5, 1995)
 
 
-def test_a_request_that_is_repeated_is_answered_or_refused_and_charged_once(example, client, keeps_answers):
+def test_a_repeated_request_is_charged_once(example, client, keeps_answers):
     key, _ = example.store.create(total_available=2000)
     client(key)
     for _ in range(3):
@@ -57,7 +57,7 @@ def test_a_request_that_is_repeated_is_answered_or_refused_and_charged_once(exam
     assert usage(example, key) == (5, 1995)
 
 
-def test_no_work_is_given_away_under_a_used_name(example, client):
+def test_another_request_with_a_used_idempotency_key_is_refused(example, client):
     key, _ = example.store.create(total_available=2000)
     client(key)
     for text in ("another request", "hello!", ""):
@@ -65,7 +65,7 @@ def test_no_work_is_given_away_under_a_used_name(example, client):
     assert usage(example, key) == (5, 1995)
 
 
-def test_a_disabled_key_gets_no_answer_under_a_used_name(example, client, keeps_answers):
+def test_a_disabled_key_gets_no_answer_with_a_used_idempotency_key(example, client, keeps_answers):
     key, token = example.store.create(total_available=2000)
     client(key)
     example.store.update(token.id, enabled=False)
@@ -99,28 +99,28 @@ def test_a_request_that_may_not_be_made_is_not_charged(example, client, fields, 
     ("limits", "status"),
     [pytest.param({"shout-1": 999}, 402, id="the model's limit"), pytest.param({"other": True}, 403, id="not listed")],
 )
-def test_model_limits(example, client, keeps_answers, limits, status):
+def test_model_limits_are_enforced(example, client, keeps_answers, limits, status):
     if keeps_answers:
-        pytest.skip("it names no model")
+        pytest.skip("it charges without a model")
     key, token = example.store.create(total_available=2000, model_limits=limits)
     assert client(key).status_code == status
     assert example.store.get_by_id(token.id).total_used == 0
 
 
 @pytest.mark.parametrize("key", ["", "sk-unknown", "two keys"])
-def test_without_a_key_there_is_no_answer(client, key):
+def test_without_a_valid_key_the_answer_is_401(client, key):
     answer = client(key)
     assert answer.status_code == 401
     assert "Bearer" in answer.headers["WWW-Authenticate"]
 
 
-def test_a_name_that_is_too_long(example, client):
+def test_an_idempotency_key_that_is_too_long_is_refused(example, client):
     key, _ = example.store.create(total_available=2000)
     assert client(key, name="x" * 256).status_code == 400
     assert usage(example, key) == (0, 2000)
 
 
-def test_a_request_without_a_name(example, client, keeps_answers):
+def test_only_the_example_that_keeps_answers_needs_an_idempotency_key(example, client, keeps_answers):
     key, _ = example.store.create(total_available=2000)
     assert client(key, name="").status_code == (400 if keeps_answers else 200)
 
@@ -158,7 +158,7 @@ def test_requests_at_once_spend_no_more_than_there_is(example, client):
     assert usage(example, key) == (5000, 0)
 
 
-def test_a_store_that_fails(example, client):
+def test_if_the_store_fails_the_answer_is_503(example, client):
     key, _ = example.store.create(total_available=5000)
     example.store.close()
     answer = client(key)

@@ -1,4 +1,4 @@
-"""The README's examples, executed. What a shell prints there is what it prints here, but for keys and ports."""
+"""The README's examples are executed. A shell prints what the README shows, except for keys and ports."""
 
 import importlib
 import os
@@ -15,7 +15,7 @@ KEY = re.compile(r"sk-[0-9A-Za-z]{48}")
 
 @pytest.fixture
 def blocks(readme, tmp_path, monkeypatch):
-    """The code blocks of the README; the test runs in an empty directory, with the installed scripts on its path."""
+    """Return the README's code blocks. The test runs in an empty directory, with the installed scripts on its path."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delenv("USAGE_MIDDLEWARE_DB", raising=False)
@@ -29,7 +29,7 @@ def block(blocks, language, part):
 
 
 def commands(text):
-    """The commands of a console block, each with the output that follows it."""
+    """Yield the commands of a console block, each with the output that follows it."""
     for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
         command, _, output = part.partition("\n")
         yield command, output
@@ -44,16 +44,16 @@ def test_every_block_is_covered_here(blocks):
     assert [kind for kind, _ in blocks] == kinds
 
 
-def test_it_is_short(readme):
+def test_the_readme_has_at_most_900_words(readme):
     assert len(readme.split()) <= 900
 
 
-def test_the_demonstration(blocks):
+def test_the_demonstration_prints_and_answers_what_is_shown(blocks):
     ((curl, output),) = commands(block(blocks, "console", "Demo Token"))
     demo = subprocess.Popen(["usage-middleware", "demo", "--port", "0"], stdout=subprocess.PIPE, text=True)
     try:
         printed = next(line for line in demo.stdout if "curl" in line).strip()
-        # The README prints the very line of the demonstration.
+        # The README shows the same line as the demonstration prints.
         assert re.sub(r":\d+/", ":8000/", KEY.sub("sk-…", printed)) == curl
         assert shell(printed + " --silent") == output.rstrip("\n")
     finally:
@@ -62,7 +62,7 @@ def test_the_demonstration(blocks):
     assert demo.returncode == 0
 
 
-def test_the_flask_application_and_its_token(blocks, tmp_path):
+def test_the_flask_examples_work_with_a_token_from_the_shell(blocks, tmp_path):
     (tmp_path / "readme_flask.py").write_text(block(blocks, "python", "Flask(__name__)"))
     app = importlib.import_module("readme_flask").app
     for path, text in (("/", "the application itself"), ("/health", "well")):
@@ -71,7 +71,7 @@ def test_the_flask_application_and_its_token(blocks, tmp_path):
     (create, created), (listing, listed) = commands(block(blocks, "console", "usage-middleware create"))
     key = shell(create)
     assert KEY.sub("sk-…", key) == created
-    # The hint under KEY is the only thing that differs.
+    # Only the hint in the column KEY differs.
     assert re.sub(r"…\w{4}", "…", shell(listing)) == listed
 
     client, headers = app.test_client(), {"Authorization": f"Bearer {key.strip()}"}
@@ -90,8 +90,8 @@ def test_the_flask_application_and_its_token(blocks, tmp_path):
     app.wsgi_app.store.close()
 
 
-def test_the_server_of_the_demonstration_is_not_needed(blocks):
-    """The two commands of installation are run, as printed, by ``.ci/run``."""
+def test_the_other_commands_only_install(blocks):
+    """``.ci/run`` runs them as they are printed."""
     for command, output in (*commands(blocks[0][1]), *commands(blocks[-1][1])):
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install ")
         assert output == ""

@@ -20,7 +20,7 @@ _TURN = 1.0  # seconds in which threads charge
 
 @dataclass(frozen=True)
 class Charges:
-    """The result of charging for a while."""
+    """The result of one turn."""
 
     per_second: float
     latencies: Sequence[float]  # seconds, in ascending order
@@ -28,17 +28,19 @@ class Charges:
 
 
 def make_keys(store: QuotaStore, count: int) -> list[str]:
-    """Add tokens that can be charged for ever, with a limit for the model. Return their keys."""
+    """Create tokens that are never used up, with a limit for the model, and return their keys."""
     return [store.create(total_available=2**62, model_limits={MODEL: 2**62})[0] for _ in range(count)]
 
 
 def charge_at_once(store: QuotaStore, keys: Sequence[Sequence[str]], *, seconds: float = _TURN) -> Charges:
-    """Charge for some seconds in a thread for each sequence of keys, with a model and an idempotency key. Each charge
-    takes one of the thread's keys at random."""
+    """Charge for some seconds, with a model and an idempotency key, in a thread for each sequence of keys.
+
+    Each charge takes one of the thread's keys at random.
+    """
     latencies: list[list[float]] = [[] for _ in keys]
     failures: list[Exception] = []
     begun: list[float] = []
-    # The last thread that is ready reads the clock, before any of them goes on.
+    # The last thread that is ready reads the clock, before any thread continues.
     start = threading.Barrier(len(keys), lambda: begun.append(time.perf_counter()))
 
     def charge(taken: list[float], own_keys: Sequence[str]) -> None:
@@ -71,9 +73,9 @@ def charge_at_once(store: QuotaStore, keys: Sequence[Sequence[str]], *, seconds:
 
 
 def charges_table(title: str, charges: dict[str, list[Charges]], least: dict[str, float]) -> Table:
-    """Return charges per second as ratios to the first, and the medians of the latencies.
+    """Return a table of charges per second, as ratios to the first, and of the medians of the latencies.
 
-    :param least: the budgets: the least that a ratio must reach.
+    :param least: the budgets. Each is the least that a ratio must reach.
     """
     return table_of(
         title,
@@ -88,8 +90,7 @@ def charges_table(title: str, charges: dict[str, list[Charges]], least: dict[str
 
 
 def shares_table(title: str, charges: dict[str, list[Charges]]) -> Table:
-    """Return what the threads with the fewest and with the most charges had, in the round in which they were furthest
-    apart."""
+    """Return how many charges the slowest and the fastest thread made, in the round that was furthest from the mean."""
     rows = [Row("the mean of its threads", 100.0)]
     for name, taken in charges.items():
         for which, extreme in (("fewest", min), ("most", max)):

@@ -1,7 +1,7 @@
-"""What one busy key can carry on a database server that is a network away, and how many round trips a call takes.
+"""How many charges of one key a database server on a network can serve, and how many round trips a call takes.
 
-A charge holds the lock on the row of its token over some round trips. So what counts for one key is how long these
-take, whatever else the server could do.
+A charge holds the lock on its token's row for some round trips. So their duration limits the charges of one key,
+however fast the server is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ASKS = 200  # in a turn
 _MULTI_STATEMENTS = 1 << 16  # MySQL's "Capabilities Flags": several statements in one text
 _WARM_UP = 10  # calls; psycopg prepares a statement when it is executed for the fifth time
 
-# The budgets: the most round trips, and the least charges to one key in the time of a round trip.
+# The budgets: the most round trips, and the fewest charges to one key in the time of a round trip.
 _MOST = {
     "PostgreSQL": {"look-up": 1, "charge": 3, "reserve and settle": 6},
     "MariaDB": {"look-up": 1, "charge": 5, "reserve and settle": 10},
@@ -137,8 +137,7 @@ def _asking(url: str) -> Iterator[Callable[[], Charges]]:
 def _away(port: int, round_trip: float) -> Iterator[int]:
     """Yield the port of a server as if a round trip to it took that many seconds.
 
-    The proxy has a process of its own. Beside those that charge, its threads would take the time of the interpreter
-    from them.
+    The proxy runs in a process of its own. In this one, its threads would slow down those that charge.
     """
     if not round_trip:
         yield port

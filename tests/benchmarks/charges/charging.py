@@ -23,7 +23,7 @@ _TIMEOUT = 30.0  # seconds; the default of a store
 
 
 def durable_charge(rounds: int) -> Iterator[Table]:
-    """Yield a charge that is on the disk when it returns, against its statements by hand in one transaction."""
+    """Compare a charge that is on the disk when it returns with the same statements by hand in one transaction."""
     with tempfile.TemporaryDirectory(prefix="usage-middleware-") as directory:
         ours, theirs = Path(directory, "ours.db"), Path(directory, "theirs.db")
         with SQLiteTokenStore(ours) as store, SQLiteTokenStore(theirs) as schema:
@@ -75,7 +75,7 @@ def charges_by_threads(threads: int, rounds: int) -> Iterator[Table]:
 
 
 def slowest_charge(writers: int, charges: int) -> Iterator[Table]:
-    """Yield the longest wait of one of many processes, all of which charge one token as fast as they can."""
+    """Measure the longest wait of any of many processes that charge one token as fast as they can."""
     fork = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="usage-middleware-") as directory:
         path = Path(directory, "tokens.db")
@@ -117,7 +117,7 @@ def _make_token(store: SQLiteTokenStore) -> str:
 
 
 def _charge(name: str, charge: Callable[[str], Any], *, budget: float | None = None) -> Contender:
-    # One call a turn: each waits for the disk, and what else the disk does then counts for one of them only.
+    # One call per turn: each waits for the disk, and other work of the disk then disturbs a single call.
     return Contender(name, "charge(item)", _new_id, budget=budget, clock=time.perf_counter, calls=1, charge=charge)
 
 
