@@ -29,11 +29,11 @@ _SYNCHRONOUS: Final = ("OFF", "NORMAL", "FULL", "EXTRA")  # sqlite.org/pragma.ht
 
 
 class SQLiteTokenStore(QuotaStore):
-    """Keep tokens in an SQLite database in WAL mode. The first use makes it if it is missing.
+    """Keep tokens in an SQLite database in WAL mode. The first use creates it if it is missing.
 
     :param path: the database file. It belongs on a local file system: SQLite's locks and its shared memory do not
         work over a network (sqlite.org/wal.html).
-    :param timeout: how many seconds to wait for another process's lock before a :class:`StoreError`.
+    :param timeout: how many seconds to wait for the lock of another process or thread before a :class:`StoreError`.
     :param synchronous: SQLite's ``synchronous``. ``"FULL"``: what a method returned has reached the disk.
         ``"NORMAL"``: a power failure may undo the last changes, but never damages the file.
     :param read_only: never write; the database must exist.
