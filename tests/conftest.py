@@ -27,7 +27,7 @@ if (
 ):
     os.environ["TMPDIR"] = tempfile.tempdir = MEMORY
 
-# A shell starts what runs in the background, or under nohup, with signals that are ignored, and children inherit that.
+# Programs that run in the background of a shell, or under nohup, ignore some signals, and their children inherit that.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -36,17 +36,17 @@ from usage_middleware.keys import with_prefix  # noqa: E402
 
 
 class Host:
-    """A token store of some kind, filled by the test in terms of the wire."""
+    """A token store of some kind, to which a test adds tokens by their fields."""
 
     def __init__(self, store):
         self.store = store
 
     def add(self, key, **fields):
-        """Puts a token under ``key``, with any fields: those too that only a ledger or an operator brings about."""
+        """Add a token under ``key`` with any fields, even those that only a ledger or an operator can change."""
         if isinstance(self.store, dict):
             self.store[key] = Token(**fields)
             return
-        # Stores see keys stripped; what is brought may still have the prefix.
+        # Stores get keys without the prefix. A key that is given to create() may have it.
         _, token = self.store.create(key=with_prefix(key))
         changes = Changes(before=token, token=dataclasses.replace(token, **fields))
         self.store._transact(lambda transaction: transaction.save(changes))
@@ -84,7 +84,7 @@ SERVERS = {*databases.KINDS, *storage_servers.PROGRAMS, *web_servers.SERVERS}
 
 
 def pytest_collection_modifyitems(items):
-    """Mark what starts a server as ``servers``, so that a test need not say what its fixtures say already."""
+    """Mark tests that start a server as ``servers``, so that a test need not repeat what its fixtures show."""
     for item in items:
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()
         if STARTS_A_SERVER.intersection(item.fixturenames) or any(
@@ -129,7 +129,7 @@ def pytest_configure(config):
 
 @pytest.fixture
 def full(request):
-    """Whether a test is to run at its full size."""
+    """Return whether the tests run at their full size."""
     return request.config.getoption("--full")
 
 
@@ -178,7 +178,7 @@ def database(shared_database):
 
 @pytest.fixture(params=["sqlite", *databases.KINDS])
 def store_text(request, tmp_path):
-    """What :func:`open_store` opens an empty store for, of each kind that processes may share, with durable commits."""
+    """The name of an empty store for :func:`open_store`, of each kind that processes may share; commits are durable."""
     if request.param == "sqlite":
         yield str(tmp_path / "tokens.db")
     else:
@@ -188,7 +188,7 @@ def store_text(request, tmp_path):
 
 @pytest.fixture(params=list(databases.KINDS))
 def disposable_server(request):
-    """A server of each kind in turn that the test has for itself, to stop, kill and start it."""
+    """A server of each kind in turn, for this test alone, which may stop, kill and start it."""
     with databases.KINDS[request.param]() as server:
         server.start()
         yield server
@@ -205,7 +205,10 @@ def db(tmp_path, monkeypatch):
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts the script; returns the process and the first match of a pattern in what it prints."""
+    """Return a function that starts the script and waits until it prints a match of a pattern.
+
+    It returns the process, the match, and the log.
+    """
     processes = []
 
     def start(*args, ready, **environment):

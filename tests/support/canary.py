@@ -1,6 +1,6 @@
-"""A key that must not show anywhere, what would give it away, and what endangers it.
+"""A key that must not be shown anywhere, its traces, and what might show it.
 
-A test asserts that nothing which a process says, answers or raises has a trace of the key (:func:`assert_no_trace`).
+:func:`assert_no_trace` asserts that nothing which a process prints, logs, answers or raises has a trace of the key.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def encodings(data):
 
 
 def traces(key, *, may_hold_digest=False):
-    """Yield what would give a key away: any part of it that is not a hint, and what represents it."""
+    """Yield what would reveal a key: each part of it that is longer than a hint, its encodings, and its digests."""
     yield from (key[n : n + SLICE].encode() for n in range(len(key) - SLICE + 1))
     yield from encodings(key.encode())
     for digest in digests(key):
@@ -47,7 +47,7 @@ def traces(key, *, may_hold_digest=False):
             yield digest
 
 
-# In small letters, as a digest in capitals is one as well.
+# In lower case, because a digest in capitals reveals as much.
 TRACES = {
     may_hold_digest: {trace.lower() for key in (KEY, OTHER) for trace in traces(key, may_hold_digest=may_hold_digest)}
     for may_hold_digest in (False, True)
@@ -62,7 +62,7 @@ def assert_no_trace(what, shown, *, may_hold_digest=False):
 
 
 class Watch:
-    """All that a process says beside its answers: logs at every level, warnings, standard output and error."""
+    """Check all that a process outputs besides its answers: logs of every level, warnings, standard output, errors."""
 
     def __init__(self, capfd):
         self._capfd = capfd
@@ -123,7 +123,7 @@ HEADERS = [
 
 
 def put(store, state):
-    """Put the key, of which the store has no trace yet, into a state."""
+    """Bring the key into a state. The store does not know it yet."""
     if state == "unknown":
         return
     token = store.create(key=f"sk-{KEY}", name="Canary", total_available=100)[1]

@@ -1,4 +1,4 @@
-"""Call a WSGI application as a server does, with nothing in between."""
+"""Call a WSGI application directly, as a server does."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def environ(method="GET", path=PATH, **variables):
 
 
 def wrapped(environ, start_response):
-    """Return the application that the middleware wraps, if a test does not need another."""
+    """Answer as the application that the middleware wraps, unless a test needs another."""
     start_response("404 Not Found", [("Content-Type", "text/plain")])
     return [b"the wrapped application"]
 
@@ -61,7 +61,7 @@ def ask(app, method="GET", path=PATH, *, authorization=None, **variables):
 
 
 def call(app, environ):
-    """Return the answer of ``app`` to an environment that the standard library's validator may not know."""
+    """Return the answer of ``app`` to an environment that the standard library's validator might not accept."""
     started = []
 
     def start_response(status, headers, exc_info=None):

@@ -22,7 +22,7 @@ NOW = 1_800_000_000  # 2027-01-15 08:00:00 UTC
 
 def run(*args, status=0):
     """Run the command in this process, and return what it prints on standard output and on standard error."""
-    # As standard output is: a text over bytes.
+    # Standard output is a text file over a binary one.
     out, err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline=""), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
         main([str(arg) for arg in args])

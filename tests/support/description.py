@@ -1,4 +1,4 @@
-"""The OpenAPI description of the endpoints, and whether an answer is what it says."""
+"""The OpenAPI description of the endpoints, and checks of answers against it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_schema(value, schema):
 
 
 def described(method, path, status):
-    """Return what the description says about such an answer."""
+    """Return the description of an answer to a method and a path with a status."""
     operation = DESCRIPTION["paths"][path].get(method.lower() if method.isupper() else "")
     if operation is None:
         assert status == 405
@@ -38,7 +38,7 @@ def described(method, path, status):
 
 
 def check_answer(answer, method, path):
-    """Check an answer against the description. Whatever that does not describe is wrong."""
+    """Check an answer against the description. Anything that is not described is wrong."""
     response = described(method, path, answer.status)
     for name, header in response["headers"].items():
         header, value = resolve(header), answer.header(name)
@@ -47,7 +47,7 @@ def check_answer(answer, method, path):
         else:
             integer = header["schema"].get("type") == "integer"
             check_schema(int(value) if integer and re.fullmatch("[0-9]+", value) else value, header["schema"])
-    # OpenAPI has no description of this one, but as the name of the content.
+    # OpenAPI does not describe Content-Type as a header, only as the name of the content.
     undescribed = {name for name, _ in answer.headers} - response["headers"].keys() - {"Content-Type"}
     assert not undescribed
     if "Content-Length" in response["headers"]:

@@ -1,10 +1,10 @@
-"""Fork the test process, and say what happens in the child."""
+"""Fork the test process, and return what happens in the child."""
 
 import os
 
 
 def forked(function):
-    """Call a function in a child process; return the text of what it returned, or of what it raised."""
+    """Call a function in a child process. Return the text of what it returned or raised."""
     receiving, sending = os.pipe()
     child = os.fork()
     if child == 0:

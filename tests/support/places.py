@@ -1,4 +1,4 @@
-"""Where things are: the checkout, its folders, and the scripts of the environment that runs the tests."""
+"""The paths of the checkout, its folders, and the scripts of the environment that runs the tests."""
 
 import sysconfig
 from pathlib import Path

@@ -10,8 +10,8 @@ from contextlib import suppress
 def free_port() -> int:
     """Return a port on which nothing listens.
 
-    It is below those that systems give to clients, so that it is still free when a server that was killed comes back
-    to it, and chosen by chance, so that test runs beside each other hardly ever choose the same.
+    It is below those that systems give to clients, so it is still free when a server that was killed starts again. It
+    is chosen at random, so that test runs at the same time hardly ever choose the same one.
     """
     for port in random.SystemRandom().sample(range(15_000, 30_000), 100):
         with socket.socket() as probe, suppress(OSError):

@@ -21,8 +21,10 @@ def process_of(function, *arguments):
 
 
 def in_a_process(function, *arguments):
-    """Run a function of a test module in a new interpreter to its end. Nothing may be amiss, neither there nor in
-    processes that it forked: they share its error output. Return what it printed."""
+    """Run a function of a test module in a new interpreter, and return what it printed.
+
+    Neither it nor a process that it forks may print an error: they share its standard error.
+    """
     done = subprocess.run(
         process_of(function, *arguments), env=environment(), capture_output=True, text=True, timeout=120
     )
@@ -31,7 +33,7 @@ def in_a_process(function, *arguments):
 
 
 def python(*arguments, **options):
-    """Return a Python program that finds the modules of tests."""
+    """Start a Python program that finds the modules of tests."""
     return subprocess.Popen(
         [sys.executable, *arguments],
         env=environment(PYTHONWARNINGS="default::ResourceWarning"),

@@ -1,7 +1,7 @@
-"""What test_openapi.py has schemathesis load: the keys that it sends, and what a JSON schema cannot say of a body.
+"""Hooks that schemathesis loads for test_openapi.py: the keys to send, and checks that a JSON schema cannot express.
 
-``KEYS`` holds the keys, separated by spaces. A JSON schema takes 1000.0 for an integer, as JSON knows only numbers;
-clients in typed languages do not.
+``KEYS`` holds the keys, separated by spaces. A JSON schema accepts 1000.0 as an integer, as JSON has only numbers.
+Clients in typed languages do not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import schemathesis
 _keys = itertools.cycle(os.environ["KEYS"].split())
 
 
-# Without an interval each request asks again, so that all keys are sent.
+# Without an interval, each request gets the next key, so all keys are sent.
 @schemathesis.auth(refresh_interval=None)
 class KnownKeys:
     def get(self, case, context):

@@ -25,7 +25,7 @@ BEGIN = 1_800_000_000  # a multiple of the period: a window begins
 LIMIT = "3 per 20 minutes"
 
 
-# So that no window ends within a test whose clock is the real one.
+# No window of it ends within a test that uses the real clock.
 LONG_LIMIT = "20 per 30 days"
 
 
@@ -33,7 +33,7 @@ TOO_MANY = b'{"success":false,"message":"Too Many Requests"}'
 
 
 class Clock:
-    """Replace the module ``time``."""
+    """A replacement for the module ``time``."""
 
     def __init__(self, now):
         self.now = now

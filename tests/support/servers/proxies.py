@@ -1,4 +1,4 @@
-"""A TCP proxy between a store and its server: it counts, delays, cuts, or stops forwarding what passes through."""
+"""A TCP proxy between a store and its server. It counts, delays, truncates, or stops what passes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import time
 from collections import deque
 from contextlib import suppress
 
-# What close() sends then is a reset: nothing that is still on its way arrives.
+# With this option, close() sends a reset, so what is still on its way does not arrive.
 _RESET = struct.pack("ii", 1, 0)
 
 
 class Proxy:
-    """Forward to a port of this machine, byte for byte, until a test says otherwise.
+    """Forward to a port of this machine, byte for byte, until a test interferes.
 
-    A *chunk* is what one ``recv`` gives: a request, an answer, or a part of them.
+    A *chunk* is what one ``recv`` returns: a request, an answer, or a part of one.
 
     :param delay: seconds that a chunk takes in each direction, so half of a round trip.
     """
@@ -29,8 +29,8 @@ class Proxy:
         self.port = self._listening.getsockname()[1]
         self.round_trips = 0
         self.chunks = 0
-        #: Called with each chunk and whether it is the client's. Returns how much of it is forwarded before both sides
-        #: are cut; ``None`` forwards all and cuts nothing.
+        #: It is called with each chunk, and whether that comes from the client. It returns how many bytes are forwarded
+        #: before both connections are closed, or ``None`` to forward all and close nothing.
         self.cut = None
         self._is_silent = False
         self._closed = threading.Event()

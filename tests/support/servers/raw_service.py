@@ -7,7 +7,7 @@ import socket
 import threading
 from contextlib import contextmanager, suppress
 
-WAIT = 30.0  # seconds, for what happens at once or not at all
+WAIT = 30.0  # seconds, for something that happens at once or never
 
 
 class Connection:
@@ -66,7 +66,7 @@ class Connection:
 class Service:
     """Serve each connection by ``handle(connection)``, in a thread of its own.
 
-    ``returned`` gets what ``handle`` returns, or raises, one connection after the other.
+    ``returned`` gets what ``handle`` returns or raises for each connection.
     """
 
     def __init__(self, handle, *, tls=None, host="127.0.0.1"):
@@ -84,7 +84,7 @@ class Service:
         return f"http://127.0.0.1:{self.port}"
 
     def result(self):
-        """Return what ``handle`` returned for the next connection that ended; what it raised is raised."""
+        """Return what ``handle`` returned for the next connection that ended, or raise what it raised."""
         result = self.returned.get(timeout=WAIT)
         if isinstance(result, BaseException):
             raise result
@@ -143,7 +143,7 @@ def answering(answer):
 
 
 def bodies(result):
-    """Yield the pieces of a WSGI result, after which it is closed."""
+    """Yield the pieces of a WSGI result, and close it at the end."""
     try:
         yield from result
     finally:

@@ -1,7 +1,7 @@
-"""The application that test_servers.py and test_soak.py have real servers serve, in processes of their own.
+"""The application that real servers serve for test_servers.py and test_soak.py, in processes of their own.
 
-``TOKENS_DATABASE`` names the database. Where ``KEY_ASKED_AT_IMPORT`` is set, the store is asked for that key while
-this module is imported, so that a server which imports it before it forks has an open connection then.
+``TOKENS_DATABASE`` names the database. If ``KEY_ASKED_AT_IMPORT`` is set, the store is asked for that key while this
+module is imported, so a server that imports it before it forks has an open connection then.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Stream:
 
 
 def host(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-    """Return the wrapped application. A path that it does not know is answered with what the request asked for."""
+    """Answer as the wrapped application. The answer to an unknown path repeats the request."""
     method, prefix, path = environ["REQUEST_METHOD"], environ["SCRIPT_NAME"], environ["PATH_INFO"]
     headers = [("Content-Type", "text/plain")]
     if path == "/stream":
@@ -52,7 +52,7 @@ def host(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[by
 
 
 def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-    """Add to every response which process it comes from."""
+    """Add a header to every response that names its process."""
 
     def start(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
         return start_response(status, [*headers, ("Served-By", str(os.getpid()))], *exc_info)

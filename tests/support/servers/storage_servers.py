@@ -10,7 +10,7 @@ from waiting import until_listening
 
 
 class StorageServer:
-    """A Redis or Memcached server in a process of its own, on a port that stays the same when it starts again."""
+    """A Redis or Memcached server in a process of its own. It keeps its port when it starts again."""
 
     def __init__(self, name, directory):
         self._directory = directory
@@ -23,7 +23,7 @@ class StorageServer:
                 *("redis-server", "--port", port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"),
                 *("--requirepass", self.password),
             ],
-            # Only root needs a user's name, and may name itself.
+            # Memcached needs a user's name only if root starts it. That may be root.
             "memcached": ["memcached", "-l", "127.0.0.1", "-p", port, *(["-u", "root"] if os.getuid() == 0 else [])],
         }[name]
         self.process = None

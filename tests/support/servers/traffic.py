@@ -1,4 +1,4 @@
-"""What test_soak.py has sent: requests of every kind, by the clients of a server and by its operator."""
+"""The traffic of test_soak.py: requests of every kind, by the clients of a server and by its operator."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from usage_middleware.keys import strip_prefix
 
 START_WITHIN = 60  # seconds
 ANSWERED_WITHIN = 20
-stop = None  # the event at which all processes stop
+stop = None  # the event that stops all processes
 
 
 def start(event, all_are_there):
-    """The start of a process: it waits for the others."""
+    """Start a process: wait for the others."""
     global stop
     stop = event
     all_are_there.wait(START_WITHIN)
@@ -72,12 +72,12 @@ def mix(keys, disabled, seed):
 
 
 def percentile(latencies, percent):
-    """In milliseconds, of latencies in nanoseconds."""
+    """Return a percentile in milliseconds, of latencies in nanoseconds."""
     return round(sorted(latencies)[len(latencies) * percent // 100] / 1e6, 2)
 
 
 class Link:
-    """A kept-alive connection to a server whose workers may be killed: what they did not answer is asked again."""
+    """A persistent connection to a server whose workers may be killed. A request without an answer is sent again."""
 
     def __init__(self, port):
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWERED_WITHIN)
@@ -96,8 +96,10 @@ class Link:
         return int(response.headers["Served-By"])
 
     def _answer(self, request, headers):
-        """Return the answer, or ``None`` if a worker has ended before or during it. No answer in time, and no listener,
-        are errors."""
+        """Return the answer, or ``None`` if a worker has ended before or during it.
+
+        A timeout is an error, and so is a port on which nothing listens.
+        """
         try:
             self._connection.request(request.method, request.path, headers=headers)
             response = self._connection.getresponse()
@@ -131,11 +133,11 @@ class Seen:
 CONNECTIONS = 2  # of each client to each server
 INTERVAL = 1 / 15  # seconds from one request of a connection to its next
 REQUESTS_PER_CHARGE = 20
-REQUESTS_PER_CONNECTION = 50  # or all would stay with the worker that stays
+REQUESTS_PER_CONNECTION = 50  # otherwise all would stay with the worker that is never killed
 
 
 def ask_all(ports, keys, disabled, seed):
-    """Run a client's process: ask every server over several connections, at a steady rate."""
+    """Run a client's process: ask every server over several connections, at a constant rate."""
     seen = Seen()
     one_at_a_time = threading.Lock()
 
@@ -174,7 +176,7 @@ def ask_all(ports, keys, disabled, seed):
 
 @dataclasses.dataclass
 class Account:
-    """A token of the operator's, as it must be."""
+    """The expected state of a token of the operator."""
 
     id: int
     key: str
@@ -209,7 +211,7 @@ class Books:
 
 
 def operate(database, ports, seed):
-    """Run the operator's process. Each worker sees at once what it has done."""
+    """Run the operator's process. Each worker must see at once what it has done."""
     numbers = random.Random(seed)
     books = Books([], Counter(), Counter(), Counter())
     accounts = books.accounts
@@ -260,7 +262,7 @@ def take_step(store, account, step, amount, name):
 
 
 def prune(store, before):
-    """Prunes, and returns the units that what was pruned held, by token id."""
+    """Prune, and return the units that the pruned operations held, by token id."""
     archive = Counter()
     for token in store.tokens():
         archive[token.id] += sum(o.held for o in store.history(token.id) if o.changed_at < before)

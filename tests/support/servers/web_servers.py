@@ -1,4 +1,4 @@
-"""The WSGI servers, in processes on the loopback interface, and clients that ask them byte by byte."""
+"""The WSGI servers, in processes on the loopback interface, and clients that read answers byte by byte."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ USAGE = (
 ).encode()
 
 
-# Workers that miss the signal to stop, as happens to both now and then, are killed after that many seconds.
+# A worker of gunicorn or granian that misses the signal to stop, as happens at times, is killed after so many seconds.
 _STOP = 3
 
 
@@ -81,7 +81,7 @@ class Answer(NamedTuple):
 
 
 class Connection:
-    """One connection to a server, read byte by byte: nothing between two answers, or behind the last, is lost."""
+    """One connection to a server, read byte by byte, so that nothing between or after the answers is missed."""
 
     def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=10)
@@ -92,7 +92,7 @@ class Connection:
         self._socket.close()
 
     def send(self, data: bytes) -> None:
-        # A server may answer and close before it has read everything. Its answer can be read all the same.
+        # A server may answer and close before it has read everything. Its answer can still be read.
         with suppress(BrokenPipeError, ConnectionResetError):
             self._socket.sendall(data)
 
@@ -120,7 +120,7 @@ class Connection:
         return Answer(status, headers, body, status_line[1] == b"0" or fields.get("connection") == "close")
 
     def rest(self) -> bytes:
-        """Return what the server sends until it closes the connection, to a client that has nothing more to say."""
+        """Send no more, and return what the server sends until it closes the connection."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
         data = b""
@@ -162,7 +162,7 @@ class Server:
         return closing(Connection(self.port))
 
     def ask(self, method: bytes, target: bytes, *headers: bytes, body: bytes = b"") -> Answer:
-        """Return the answer to a request on a connection of its own. Nothing may follow it."""
+        """Return the answer to a request on a connection of its own. Nothing may follow the answer."""
         with self.connect() as connection:
             connection.send(message(method, target, *headers, b"Connection: close", body=body))
             answer = connection.read(method)

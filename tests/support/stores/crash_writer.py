@@ -1,8 +1,8 @@
-"""A program that charges a token and is killed while it does so, over and over: ``test_killed_writers.py`` starts it.
+"""A program for test_killed_writers.py, whose processes charge a token until they are killed, one after the other.
 
-Each of its lives is a process that makes one call after the other, and reports each that has returned. Processes are
-forked from this small one, which opens no database: they are many, and a new interpreter for each takes longer than
-its life.
+A *life* is a process that makes one call after the other, and reports each that has returned. The processes are forked
+from this small one, which opens no database. There are many, and a new interpreter takes longer to start than a life
+lasts.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from usage_middleware import open_store
 
 MODELS = ("gpt-4o", "gpt-4o-mini", None)
 LONGEST_LIFE = 0.05  # seconds after its first call: some dozen calls
-A_DAY = 86_400  # what no reservation of a test outlives
+A_DAY = 86_400  # longer than any test: no reservation lapses
 PROCESSES = multiprocessing.get_context("fork")
 
 
@@ -33,7 +33,7 @@ class Step(NamedTuple):
 
 
 def steps(life):
-    """Yield the calls of a life, without end. Each changes something."""
+    """Yield the calls of a life, without an end. Each call changes something."""
     numbers = random.Random(life)
     for number in itertools.count():
         name = f"{life}/{number}"
@@ -61,7 +61,7 @@ def take(step, store, key):
 
 
 def live(text, key, life, reports, others):
-    # Only the parent reads, so that a life whose parent is gone cannot report, and ends.
+    # Only the parent may have the reading end, so that a life whose parent has ended cannot report, and ends too.
     os.close(others)
     store = open_store(text)
     for step in steps(life):

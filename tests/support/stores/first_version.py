@@ -1,4 +1,4 @@
-"""Databases as the first version of this package left them: what stands here is frozen, as they are."""
+"""A database of the first version of this package. It must not change, as such databases exist."""
 
 import sqlite3
 from contextlib import closing
@@ -7,7 +7,7 @@ from usage_middleware.keys import key_digest
 
 KEY = "the-first-key"
 
-# A token with a charge and a reservation that is open.
+# A token with a charge and an open reservation.
 SQLITE = """
 CREATE TABLE "_sqlite_migrations" ("id" INTEGER PRIMARY KEY, "migration_set" TEXT, "name" TEXT, "applied_at" TEXT);
 CREATE UNIQUE INDEX "idx__sqlite_migrations_migration_set_name" ON "_sqlite_migrations" ("migration_set", "name");

@@ -1,4 +1,4 @@
-"""Databases of new-api, made as gorm makes them."""
+"""Databases of new-api, with the tables that gorm creates."""
 
 import contextlib
 
@@ -9,7 +9,7 @@ from usage_middleware import (
     UsageMiddleware,
 )
 
-# What gorm makes of Go's types.
+# The column types that gorm uses for Go's types.
 TYPES = {
     "sqlite": {
         "id": "integer PRIMARY KEY AUTOINCREMENT",
@@ -55,7 +55,7 @@ CREATE TABLE {q}users{q} ({q}id{q} {id}, {q}username{q} {string}, {q}status{q} {
 """
 
 
-# Nothing was counted, limited or deleted yet.
+# Its tokens had no usage, no limits, and no mark of deletion.
 OLDEST = """
 CREATE TABLE {q}tokens{q} ({q}id{q} {id}, {q}user_id{q} {int}, {q}key{q} {key}, {q}status{q} {int} DEFAULT 1,
 {q}name{q} {string}, {q}expired_time{q} {int} DEFAULT -1, {q}remain_quota{q} {int} DEFAULT 0);
@@ -71,7 +71,7 @@ DELETED_AT = "2025-01-02 03:04:05"
 
 
 class Gateway:
-    """The writes of new-api to its database."""
+    """A database of new-api, and writes to it as new-api makes them."""
 
     def __init__(self, kind, url, schema=NEWEST, **types):
         self.kind = kind

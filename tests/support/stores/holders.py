@@ -1,4 +1,4 @@
-"""Helpers: a token with its key, and the status that its holder gets."""
+"""A token with its key, and the status that the holder of a key gets."""
 
 from client import ask, wrapped
 
@@ -13,5 +13,5 @@ def create(store, **fields):
 
 
 def status(store, key):
-    """Return the status that the endpoint has for a key."""
+    """Return the status with which the endpoint answers a key."""
     return ask(UsageMiddleware(wrapped, store), authorization=f"Bearer {key}").status

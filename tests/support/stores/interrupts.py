@@ -2,20 +2,23 @@
 
 import sys
 
-# Python 3.10 mixes up its stack if an exception comes before some of the opcodes that end a handler, and crashes later.
+# Python 3.10 corrupts its stack if an exception arrives before some of the opcodes that end a handler, and crashes
+# later.
 _STOPS_AT_OPCODES = sys.version_info >= (3, 11)
 
 
 class Interrupt(BaseException):
-    """What a signal handler raises, or what kills a greenlet. No code catches it by chance."""
+    """A stand-in for what a signal handler raises, or what kills a greenlet. No code catches it by accident."""
 
 
 def interrupted_at(number, call, then):
-    """Call ``call``, and raise an exception before its step of that number: an opcode, or the beginning, a line or the
-    end of any function of Python that runs for it, the standard library's too.
+    """Call ``call``, and raise an exception before the step of that number.
 
-    :param then: is called afterwards, while the exception is handled.
-    :return: whether the call took so many steps.
+    A step is an opcode, or the beginning, a line or the end of any Python function that is called, including those of
+    the standard library.
+
+    :param then: called afterwards, while the exception is handled.
+    :return: whether the call had that many steps.
     """
     before = sys.gettrace()
     steps = _Steps(number)
@@ -34,10 +37,10 @@ def interrupted_at(number, call, then):
 
 
 def interrupt_from_here(number, *functions):
-    """Like :func:`interrupted_at`, but from the middle of a call on: its steps are counted when this has returned.
+    """Like :func:`interrupted_at`, but in the middle of a call: its steps are counted from the return of this on.
 
-    :param functions: those whose frames are interrupted too, of which the caller is in the middle.
-    :return: a function that returns whether there were so many steps. It ends the counting.
+    :param functions: functions that are running now, and are interrupted too.
+    :return: a function that ends the counting, and returns whether there were that many steps.
     """
     steps = _Steps(number)
     codes = {function.__code__ for function in functions}

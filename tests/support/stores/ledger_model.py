@@ -1,7 +1,7 @@
-"""A model of the ledger, which states the rules in another way than the package does.
+"""A model of the ledger, which states the rules in a different way than the package does.
 
-It moves no totals: it keeps every operation that there ever was, and adds up what they hold. A quota renews one period
-after the other, day by day on the calendar.
+It has no totals: it keeps every operation that was ever made, and adds up what they hold. A quota renews one period
+after the other, found day by day on the calendar.
 """
 
 from collections import defaultdict
@@ -39,22 +39,22 @@ _BLANK = {
 
 
 class Model:
-    """What the ledger does, as the docstrings of its methods have it.
+    """The ledger as the docstrings of its methods describe it.
 
-    Its methods are those of a store. ``operations`` is replaced at the end of a call that is not refused. If one is
-    refused for lack of quota, what was due anyway remains.
+    Its methods are those of a store. A call that is not refused replaces ``operations`` at its end. If it is refused
+    for lack of quota, a renewal or a release that was due remains.
     """
 
     def __init__(self):
         self.now = START
-        self.keys = {}  # to token ids; to None if a key was retired
+        self.keys = {}  # key -> token id, or None if the key was retired
         self.tokens = {}  # what update() changes, when the quota renews, and all that was ever granted
         self.operations = []
 
-    # --- What is read.
+    # --- Reads
 
     def totals(self, token_id):
-        """Return what is used, available and held, and when the quota renews: as a read shows it, with a new period."""
+        """Return what is used, available and held, and when the quota renews, in the period that a read shows."""
         operations, granted, renews_at = self.in_its_period(token_id, self.operations)
         return (
             held(operations, token_id=token_id),
@@ -71,7 +71,7 @@ class Model:
         return {model: held(self.operations, token_id=token_id, model=model) for model in models}
 
     def usage_by_day(self, token_id):
-        """Day and model -> what is used, and how many requests, input and output tokens there were."""
+        """Return what is used, and the number of requests, input and output tokens, by day and model."""
         days = defaultdict(lambda: [0, 0, 0, 0])
         for entry in self.operations:
             if entry["token_id"] == token_id in self.tokens and entry["kind"] in _REQUESTS:
@@ -80,7 +80,7 @@ class Model:
                 days[place] = [sum(pair) for pair in zip(days[place], figures, strict=True)]
         return dict(days)
 
-    # --- What is called. Each returns the id of the token that it was about.
+    # --- Calls. Each returns the id of its token.
 
     def charge(self, key, amount, **arguments):
         return self.charge_by_id(self.keys.get(key), amount, **arguments)
@@ -215,18 +215,18 @@ class Model:
         del self.tokens[token_id]
 
     def prune(self, before):
-        """Return how many operations it forgot. They go on to count."""
+        """Return how many operations were deleted. The model keeps them, as they still count."""
         lapsed_before = min(before, self.now)
         lapsed = [entry["token_id"] for entry in self.operations if has_lapsed(entry, lapsed_before) and entry["held"]]
         for token_id in sorted(set(lapsed)):
             self.commit(token_id, *self.up_to_date(token_id, lapsed_before))
         finished = [entry for entry in self.operations if is_finished(entry, before, lapsed_before)]
-        forgotten = sum(not entry["pruned"] for entry in finished)
+        deleted = sum(not entry["pruned"] for entry in finished)
         self.operations = [{**entry, "pruned": entry["pruned"] or entry in finished} for entry in self.operations]
-        return forgotten
+        return deleted
 
     def add(self, token_id, key, total_available, **fields):
-        """What a store has created."""
+        """Add a token that a store has created."""
         self.keys[key] = token_id
         self.tokens[token_id] = {
             "granted": total_available or fields["renewal_quota"],
@@ -235,7 +235,7 @@ class Model:
             **fields,
         }
 
-    # --- How it is done.
+    # --- How it works
 
     def token(self, token_id):
         if token_id not in self.tokens:
@@ -263,8 +263,10 @@ class Model:
         return {**_BLANK, **times, "token_id": token_id, "idempotency_key": idempotency_key, **fields}
 
     def up_to_date(self, token_id, lapsed_by=None):
-        """Return the operations after a new period has begun, and what lapsed is released; what was granted, and the
-        time of the next period."""
+        """Begin a new period if one is due, and release what has lapsed.
+
+        Return the operations, what was granted, and the time of the next period.
+        """
         operations, granted, renews_at = self.in_its_period(token_id, self.operations)
         lapsed_by = self.now if lapsed_by is None else lapsed_by
         for entry in operations:
@@ -304,7 +306,7 @@ class Model:
 
 
 def next_start(renewal, now):
-    """When the first period begins after a time; 0 without renewal."""
+    """Return when the first period after a time begins; 0 without renewal."""
     if not renewal:
         return 0
     day = datetime.fromtimestamp(now, timezone.utc).date() + timedelta(days=1)

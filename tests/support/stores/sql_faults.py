@@ -1,6 +1,6 @@
 """Failures between a store and its server, caused at a chosen moment.
 
-A trigger of the database does it, or a hook of the store's engine.
+A trigger of the database causes them, or a hook of the store's engine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from usage_middleware import (
 
 @contextmanager
 def hooked_store(database, beginning, hook, **options):
-    """Yield a store that calls ``hook`` once, when it is about to send a statement that begins so."""
+    """Yield a store that calls ``hook`` once, before it sends a statement that begins with ``beginning``."""
     engine = create_engine(database.url, **options)
     hooks = [hook]
 
@@ -34,7 +34,7 @@ def hooked_store(database, beginning, hook, **options):
         engine.dispose()
 
 
-# Triggers that do something when an operation is inserted, a number of times. Sequences count in no transaction.
+# Triggers that take an action the first times an operation is inserted. A sequence counts outside of transactions.
 TRIGGERS = {
     "postgresql": (
         "CREATE SEQUENCE attempts",
@@ -65,8 +65,10 @@ DIE = {"postgresql": "PERFORM pg_terminate_backend(pg_backend_pid())", "mariadb"
 
 @contextmanager
 def failing(database, action, times, *, deferred=False):
-    """Let every operation that is inserted fail, the first times. Yield a function that returns how many were
-    tried."""
+    """Take an action the first ``times`` that an operation is inserted.
+
+    Yield a function that returns how often that was attempted.
+    """
     name = "mariadb" if database.is_mysql else "postgresql"
     fields = {
         "times": times,
@@ -100,9 +102,9 @@ def again(state, number):
 
 
 def waits(database):
-    """Return whether some transaction waits for a lock of another."""
+    """Return the transactions that wait for a lock."""
     if database.is_mysql:
-        # The contents of this table are renewed only if it has not been read for a tenth of a second.
+        # The contents of this table are updated only if it has not been read for a tenth of a second.
         time.sleep(0.15)
         return database.server.execute("SELECT * FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'")
     return database.server.execute("SELECT * FROM pg_locks WHERE NOT granted")

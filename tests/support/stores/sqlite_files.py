@@ -1,4 +1,4 @@
-"""The file of an SQLite database, as other programs read, hold and change it."""
+"""The file of an SQLite database, as other programs read it, change it, and keep it open."""
 
 import os
 import sqlite3
@@ -14,7 +14,7 @@ from usage_middleware import SQLiteTokenStore
 SUFFIXES = ("", "-wal", "-shm")  # of the database and the files that SQLite keeps next to it (sqlite.org/wal.html)
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are seen in /proc")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the open files are read from /proc")
 
 
 def sql(path, *statements):
@@ -26,8 +26,11 @@ def sql(path, *statements):
 
 
 def content(path):
-    """Return the bytes of the database's files. Another process reads them: closing a file would release the locks that
-    SQLite has on it in this one (sqlite.org/howtocorrupt.html, section 2.2)."""
+    """Return the bytes of the database's files.
+
+    Another process reads them. In this one, closing a file would release the locks that SQLite has on it
+    (sqlite.org/howtocorrupt.html, section 2.2).
+    """
     names = [f"{path}{suffix}" for suffix in SUFFIXES if os.path.exists(f"{path}{suffix}")]
     return subprocess.run(["cat", *names], stdout=subprocess.PIPE, check=True).stdout
 
@@ -62,14 +65,14 @@ def another_process(path, *statements):
         "connection.close()\n"
     )
     command = [sys.executable, "-c", program, path, *statements]
-    # Its input is closed at the end, also of a test that failed, and that ends it.
+    # Its input is closed at the end, even if the test fails, and that ends the process.
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"done\n"
         yield
 
 
 def watch_connections():
-    """Return a list of the connections that this process opens from now on, and a child of it from the fork on."""
+    """Return a list to which every connection is added that this process opens from now on, also after a fork."""
     opened = []
 
     def hook(event, arguments):
@@ -81,7 +84,7 @@ def watch_connections():
 
 
 def use_two_connections(store, key):
-    # A transaction holds the first.
+    # The transaction uses the first.
     store._transact(lambda transaction: store.get(key))
 
 

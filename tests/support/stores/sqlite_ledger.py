@@ -1,4 +1,4 @@
-"""An SQLite ledger whose clock stands still, and every call that can be made of it."""
+"""An SQLite ledger whose clock stands still, and all calls of a store."""
 
 import itertools
 import secrets
@@ -16,7 +16,7 @@ A_LOT = 10**12
 
 
 def content(path):
-    """Return the rows of each table that has any, of a database that is sound and that is not locked."""
+    """Check that the database is sound and not locked, and return the rows of each table that has any."""
     with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
@@ -28,14 +28,16 @@ def content(path):
 
 
 def open_store(path, *, now=NOW, synchronous="OFF"):
-    """Return a store whose clock stands still, and which does not wait for locks. No power fails here, so it need not
-    wait for the disk either."""
+    """Return a store whose clock stands still and that does not wait for locks.
+
+    It does not wait for the disk either, as no test simulates a power failure.
+    """
     return SQLiteTokenStore(path, timeout=0, synchronous=synchronous, clock=lambda: now)
 
 
 @contextmanager
 def nothing_random(first_id=1):
-    """Within it, keys are all the same, and the ids of operations are numbers that follow each other."""
+    """Within the context, make all keys the same, and the ids of operations consecutive numbers."""
     numbers = itertools.count(first_id)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(secrets, "token_hex", lambda size: f"{next(numbers):0{2 * size}x}")
@@ -44,7 +46,7 @@ def nothing_random(first_id=1):
 
 
 def _always_the_same(call):
-    """Let a call leave the same rows whenever it is made of the same ledger."""
+    """Return a call that leaves the same rows each time it is made on the same ledger."""
 
     def called(store):
         with nothing_random():
@@ -58,7 +60,7 @@ CHARGE, OPEN, LAPSED, REFUND = (f"{number:032x}" for number in (100, 200, 300, 4
 
 
 def make_ledger(path):
-    """Make a ledger to which all of the calls can be made."""
+    """Make a ledger on which all of the calls can be made."""
     with open_store(path, now=NOW - 2 * A_DAY) as store:
         for key in ("one", "two", "three"):
             store.create(key=key, total_available=1000, model_limits={"gpt-4o": 500, "free": True})
@@ -110,9 +112,9 @@ READS = {
     "model_usage": lambda store: store.model_usage(1),
 }
 CALLS = {**WRITES, **READS}
-# Takes a transaction for each token whose reservations it releases, and others to forget operations.
+# It needs a transaction for each token whose reservations it releases, and others to delete operations.
 SEVERAL_TRANSACTIONS = ("prune that takes back",)
-# A caller that does not know whether they were made calls again.
+# A caller may repeat them if it does not know whether they were committed.
 REPEATABLE = (
     "charge with a name",
     "charge that renews",

@@ -45,7 +45,7 @@ class TestUndoesNothing(InMemory, TransactionContract):
 
 
 class RepeatsUnderANewId(MemoryTokenStore):
-    """It calls again if it has lost the answer, without what names the call."""
+    """It repeats a call that failed, without its idempotency key."""
 
     def charge(self, key, amount, *, idempotency_key=None, **options):
         try:
@@ -96,7 +96,7 @@ class TestPrunesDays(InMemory, DayContract):
 
 
 def with_content(**methods):
-    """A store whose transactions are wrong in those methods."""
+    """Return a store whose transactions have those methods, which are wrong."""
 
     class Store(MemoryTokenStore):
         def __init__(self):

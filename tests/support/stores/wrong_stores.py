@@ -1,4 +1,4 @@
-"""Stores that are wrong in one way each, and count right for as long as nothing goes wrong: the contract finds them."""
+"""Stores that the contract finds wrong, each in one way. They count correctly as long as nothing goes wrong."""
 
 import dataclasses
 import sqlite3
@@ -10,7 +10,7 @@ from usage_middleware.stores.hooks import new_id
 
 
 class Around:
-    """A transaction of a store, of which a wrong store does some things in another way."""
+    """A wrapper of a transaction. A wrong store overrides some of its methods."""
 
     def __init__(self, transaction):
         self._transaction = transaction
@@ -20,7 +20,7 @@ class Around:
 
 
 class LocksItsThreads(SQLiteTokenStore):
-    """Its lock is one of the process: it loads in one transaction of the database, and saves in another."""
+    """Its lock is valid in its process only: it loads in one transaction of the database, and saves in another."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -35,7 +35,7 @@ class LocksItsThreads(SQLiteTokenStore):
 
 
 class Late:
-    """Loads at once, and saves at the end."""
+    """A transaction that loads at once, and saves at the end."""
 
     def __init__(self, transact):
         self._transact = transact
@@ -53,7 +53,7 @@ class Late:
 
 
 class RepeatsCommits(SQLiteTokenStore):
-    """What is there under one id it makes again under another, if it does not learn whether a commit was made."""
+    """If the outcome of a commit is unknown, it repeats the work, and an operation that exists gets another id."""
 
     class Transaction(Around):
         def save(self, changes):
@@ -94,7 +94,7 @@ def unwrapped():
 
 
 class TrustsItsRows(SQLiteTokenStore):
-    """A row that is not a token is an error of its own in it, and no error of the store."""
+    """It raises an error of its own, and not a StoreError, for a row that is not a token."""
 
     def _get(self, digest):
         try:
@@ -104,7 +104,7 @@ class TrustsItsRows(SQLiteTokenStore):
 
 
 class SkipsItsRows(SQLiteTokenStore):
-    """A row that is not a token is none: its key is not found."""
+    """It ignores a row that is not a token: its key is not found."""
 
     def _get(self, digest):
         with suppress(DamagedToken):
@@ -112,7 +112,7 @@ class SkipsItsRows(SQLiteTokenStore):
 
 
 def forgets_of_a_token(field, *, saved):
-    """A store that does not save, or does not insert, one field of a token."""
+    """Return a store that does not save, or does not insert, one field of a token."""
 
     class Transaction(Around):
         def save(self, changes):
@@ -138,7 +138,7 @@ def without(record, field):
 
 
 def forgets_of_an_operation(field):
-    """A store that does not save one field of an operation."""
+    """Return a store that does not save one field of an operation."""
 
     class Transaction(Around):
         def save(self, changes):
