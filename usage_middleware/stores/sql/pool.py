@@ -7,9 +7,11 @@ or the next caller reads that answer as its own. And the pool must not count a l
 
 from __future__ import annotations
 
+import random
+import time
+import weakref
 from collections import deque
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
 from typing import Any, Final
 
 from sqlalchemy import Engine, Pool, event
@@ -23,15 +25,15 @@ IN_USE: Final = "usage_middleware.in_use"
 
 # As many as SQLAlchemy's own pool allows by default: 5 that stay and 10 more.
 _MOST_CONNECTIONS: Final = 15
+_PAUSE: Final = 0.002  # average seconds between two attempts at a place
 
 
 class ConnectionPool(Pool):
     """Keep up to 15 connections; the one that was returned last is used first.
 
     SQLAlchemy's ``QueuePool`` counts connections and locks a queue in Python. An exception between two of its lines
-    loses a place for ever, or leaves the lock held. Here a place is an object: when its holder is freed, the
-    interpreter returns the place.
-
+    loses a place for ever, or leaves the lock held. Here a place is an object that its holder has, and those that exist
+    are counted.
     """
 
     #: Returns how many seconds a caller may wait for a place.
@@ -41,22 +43,30 @@ class ConnectionPool(Pool):
         super().__init__(creator, **options)
         self.wait = lambda: 0.0
         self._idle: deque[ConnectionPoolEntry] = deque()
-        # C code takes from it and adds to it in one step, even within a destructor (documentation of SimpleQueue).
-        self._places: SimpleQueue[_Place] = SimpleQueue()
-        for _ in range(_MOST_CONNECTIONS):
-            self._places.put(_Place(self._places))
+        self._places: set[weakref.ref[_Place]] = set()
 
     def _do_get(self) -> ConnectionPoolEntry:
-        try:
-            place = self._places.get(timeout=max(self.wait(), 0))
-        except Empty:
-            raise PoolTimeoutError(f"all {_MOST_CONNECTIONS} connections are in use") from None
+        place = self._take_place()
         try:
             entry = self._idle.pop()
         except IndexError:
             entry = self._create_connection()
         entry.__dict__["place"] = place
         return entry
+
+    def _take_place(self) -> _Place:
+        deadline = time.monotonic() + self.wait()
+        while True:
+            place = _Place()
+            # The callback is a C function, so that no exception can arrive between freeing the place and this.
+            self._places.add(weakref.ref(place, self._places.discard))
+            if len(self._places) <= _MOST_CONNECTIONS:
+                return place
+            del place
+            if time.monotonic() >= deadline:
+                raise PoolTimeoutError(f"all {_MOST_CONNECTIONS} connections are in use")
+            # All that wait ask equally often, so each has the same chance.
+            time.sleep(_PAUSE * random.uniform(0.5, 1.5))
 
     def _do_return_conn(self, entry: ConnectionPoolEntry) -> None:
         place = entry.__dict__.pop("place", None)
@@ -82,19 +92,13 @@ class ConnectionPool(Pool):
             self._idle.pop().close()
 
     def status(self) -> str:
-        return f"{len(self._idle)} connections are idle, {self._places.qsize()} more may be used"
+        return f"{len(self._idle)} connections are idle, {_MOST_CONNECTIONS - len(self._places)} more may be used"
 
 
 class _Place:
-    """The right to use one connection."""
+    """The right to use one connection, for as long as it exists."""
 
-    __slots__ = ("_places",)
-
-    def __init__(self, places: SimpleQueue[_Place]) -> None:
-        self._places = places
-
-    def __del__(self) -> None:
-        self._places.put(_Place(self._places))
+    __slots__ = ("__weakref__",)
 
 
 def replace_interrupted(engine: Engine) -> None:
