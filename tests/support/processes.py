@@ -1,12 +1,21 @@
 """Functions of a test module that run in processes of their own."""
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 # A fresh interpreter for each process: it inherits nothing, as the processes of a service do not.
 SPAWN = multiprocessing.get_context("spawn")
+
+
+def end_within(seconds):
+    """Let this process, a child that was forked, say where it hangs and end. Whoever waits for it may be gone."""
+    faulthandler.register(signal.SIGALRM, chain=True)
+    signal.alarm(seconds)
 
 
 def environment(**variables):
@@ -20,16 +29,29 @@ def process_of(function, *arguments):
     return [sys.executable, "-X", "dev", "-W", "error", "-c", program, *map(str, arguments)]
 
 
-def in_a_process(function, *arguments):
+def in_a_process(function, *arguments, timeout=120):
     """Run a function of a test module in a new interpreter, and return what it printed.
 
     Neither it nor a process that it forks may print an error: they share its standard error.
     """
-    done = subprocess.run(
-        process_of(function, *arguments), env=environment(), capture_output=True, text=True, timeout=120
-    )
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    return done.stdout
+    return to_its_end(process_of(function, *arguments), timeout=timeout)
+
+
+def to_its_end(command, *, timeout=120):
+    """Run a program that must print no error, and return what it printed.
+
+    At the end, all processes that it forked are killed.
+    """
+    # A session of its own, so that all can be killed together.
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment(), text=True, start_new_session=True, **pipes) as process:
+        try:
+            printed, errors = process.communicate(timeout=timeout)
+        finally:
+            with suppress(ProcessLookupError):  # none is left
+                os.killpg(process.pid, signal.SIGKILL)
+    assert (process.returncode, errors) == (0, ""), errors
+    return printed
 
 
 def python(*arguments, **options):

@@ -36,6 +36,18 @@ def interrupted_at(number, call, then):
     return steps.left <= 0
 
 
+def count_steps(call):
+    """Return how many steps a call takes, as :func:`interrupted_at` counts them."""
+    before = sys.gettrace()
+    steps = _Steps(0)
+    sys.settrace(steps.count)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return -steps.left
+
+
 def interrupt_from_here(number, *functions):
     """Like :func:`interrupted_at`, but in the middle of a call: its steps are counted from the return of this on.
 
