@@ -10,6 +10,7 @@ from contextlib import closing
 import databases
 import pytest
 from holders import create
+from interrupts import Interrupt
 from proxies import Proxy
 from sql_faults import AGAIN, DIE, again, failing, waits
 from sqlalchemy import create_engine, event, make_url, text
@@ -54,13 +55,35 @@ def test_a_transaction_is_not_begun_again_for_ever(database, store):
     assert store.charge(key, 5, idempotency_key="x").total_used == 5
 
 
+LASTING = again("P0001", 1644)
+
+
 def test_an_error_that_would_come_again_is_told_at_once(database, store):
     key, token = create(store)
-    with failing(database, again("P0001" if not database.is_mysql else "45000", 1644), 1000) as tried:
+    with failing(database, LASTING, 1000) as tried:
         with pytest.raises(StoreError):
             store.charge(key, 5)
         assert tried() == 1
     assert store.get_by_id(token.id) == token
+
+
+def test_an_error_in_a_handler_is_told_as_it_is(database, store):
+    """An interrupt that the caller was handling already is not raised in its place."""
+
+    def charge():
+        with pytest.raises(StoreError, match="failed"):
+            store.charge(key, 5)
+
+    key, _ = create(store)
+    with failing(database, LASTING, 1000):
+        try:
+            raise Interrupt
+        except Interrupt:
+            charge()
+            try:
+                raise LookupError
+            except LookupError:
+                charge()
 
 
 def insert_operation(name, token_id):
