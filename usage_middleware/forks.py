@@ -10,6 +10,9 @@ child may even find a mutex of the whole library locked for good.
 - :func:`hold` and :func:`release` count what is open, for cases where even that is not enough. A fork by Python waits
   until nothing is open; :func:`close_before_fork` helps. If the wait is too long, or C code forks, the child finds what
   was open in :func:`inherited`.
+
+Other libraries have the same trouble with mutexes: a thread that connects to a server may be inside OpenSSL, or look up
+a name. It counts as open, too.
 """
 
 from __future__ import annotations
@@ -105,11 +108,14 @@ def release(thing: object) -> None:
         held.discard(weakref.ref(thing))
 
 
-def inherited() -> list[Any]:
-    """Return what was open, in another thread or at a fork by C code, when this process or its parent was forked."""
+def inherited(kind: type[_Value]) -> list[_Value]:
+    """Return what was open, in another thread or at a fork by C code, when this process or its parent was forked.
+
+    :param kind: the class of the things that are looked for.
+    """
     process = os.getpid()
     references = [reference for owner, held in list(_held.items()) if owner != process for reference in list(held)]
-    return [thing for reference in references if (thing := reference()) is not None]
+    return [thing for reference in references if isinstance(thing := reference(), kind)]
 
 
 def close_before_fork(owner: Closer) -> None:

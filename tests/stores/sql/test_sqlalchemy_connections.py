@@ -1,16 +1,24 @@
-"""Servers that go and come, and processes that fork."""
+"""Servers that go and come, and processes that fork.
+
+A function that runs ``in_a_process`` of its own is above the test that calls it.
+"""
 
 from __future__ import annotations
 
-import subprocess
+import gc
+import multiprocessing
+import os
+import socket
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from holders import create, status
-from sqlalchemy import create_engine
+from processes import end_within, in_a_process
+from sqlalchemy import create_engine, text
 from waiting import DEADLINE
 
 from usage_middleware import (
@@ -67,80 +75,91 @@ def test_a_server_that_is_restarted(disposable_server):
 
 # --- Forks
 
-FORK = """
-import os, sys, threading, multiprocessing, gc
-from sqlalchemy import create_engine, text
-from usage_middleware import SQLAlchemyTokenStore
 
-url, key, how, own, ask = sys.argv[1:]
-engine = None if own == "own" else create_engine(url)
-store = SQLAlchemyTokenStore(url if engine is None else engine)
+class Forking:
+    """A store that was used in a process that forks, and what its children do."""
 
-def connection_id(transaction):
-    return transaction._execute(text(ask)).scalar()
+    def __init__(self, url, key, how, own, ask):
+        self.engine = create_engine(url) if own == "engine" else None
+        self.store = SQLAlchemyTokenStore(url if self.engine is None else self.engine)
+        self.key, self.how, self.ask = key, how, ask
+        self.connections = set()
 
-def charge(count, name):
-    for number in range(count):
-        store.get(key)
-        store.charge(key, 1, idempotency_key=f"{name} {number}")
+    def connection_id(self, transaction=None):
+        if transaction is None:
+            return self.store._transact(self.connection_id)
+        return transaction._execute(text(self.ask)).scalar()
 
-def child(name):
-    charge(5, name)
-    inherited = {before, *others}
-    assert store._transact(connection_id) not in inherited
-    if how == "grandchild" and name != "grandchild":
-        run("grandchild")
-    if how == "closes":
-        store.close()
-        if engine is not None:
-            engine.dispose()
-    gc.collect()
+    def use_two_connections(self):
+        self.store._transact(
+            lambda transaction: self.connections.update([self.connection_id(transaction), self.connection_id()])
+        )
 
-def run(name):
-    if how == "multiprocessing":
-        process = multiprocessing.get_context("fork").Process(target=child, args=(name,))
-        process.start()
-        process.join()
-        assert process.exitcode == 0
-        return
-    pid = os.fork()
-    if not pid:
-        try:
-            child(name)
-            # Ends as programs do, so that what it holds is freed.
-            sys.exit(0)
-        except SystemExit:
-            sys.stdout.flush()
-            if how != "exits":
-                os._exit(0)
-            raise
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            os._exit(1)
-    assert os.waitpid(pid, 0)[1] == 0
+    def charge(self, count, name):
+        for number in range(count):
+            self.store.get(self.key)
+            self.store.charge(self.key, 1, idempotency_key=f"{name} {number}")
 
-store.get(key)
-others = []
-store._transact(lambda transaction: others.extend([connection_id(transaction), store._transact(connection_id)]))
-before = store._transact(connection_id)
-threads = []
-if how == "threads":
-    threads = [threading.Thread(target=charge, args=(40, f"thread {number}")) for number in range(6)]
+    def close(self):
+        self.store.close()
+        if self.engine is not None:
+            self.engine.dispose()
+
+    def child(self, name):
+        end_within(30)
+        self.charge(5, name)
+        assert self.connection_id() not in self.connections
+        if self.how == "grandchild" and name != "grandchild":
+            self.fork("grandchild")
+        if self.how == "closes":
+            self.close()
+        gc.collect()
+
+    def fork(self, name):
+        if self.how == "multiprocessing":
+            process = multiprocessing.get_context("fork").Process(target=self.child, args=(name,))
+            process.start()
+            process.join()
+            assert process.exitcode == 0
+            return
+        pid = os.fork()
+        if not pid:
+            try:
+                self.child(name)
+                # Ends as programs do, so that what it holds is freed.
+                sys.exit(0)
+            except SystemExit:
+                sys.stdout.flush()
+                if self.how != "exits":
+                    os._exit(0)
+                raise
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+                os._exit(1)
+        assert os.waitpid(pid, 0)[1] == 0
+
+
+def fork_after_use(*arguments):
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+    # A child that exits frees what it inherited: psycopg notices that it is not its own only when it has warned.
+    warnings.filterwarnings("ignore", "<psycopg.Connection object", ResourceWarning)
+    forking = Forking(*arguments)
+    forking.use_two_connections()
+    threads = []
+    if forking.how == "threads":
+        threads = [threading.Thread(target=forking.charge, args=(40, f"thread {number}")) for number in range(6)]
     for thread in threads:
         thread.start()
-for number in range(3):
-    run(f"child {number}")
-for thread in threads:
-    thread.join()
-if not threads:
-    # The parent's connections are as they were.
-    assert store._transact(connection_id) in {before, *others}
-charge(5, "parent")
-store.close()
-if engine is not None:
-    engine.dispose()
-print("charged")
-"""
+    for number in range(3):
+        forking.fork(f"child {number}")
+    for thread in threads:
+        thread.join()
+    if not threads:
+        # The parent's connections are as they were.
+        assert forking.connection_id() in forking.connections
+    forking.charge(5, "parent")
+    forking.close()
+    print("charged")
 
 
 @pytest.mark.parametrize("own", ["own", "engine"])
@@ -160,13 +179,40 @@ def test_a_store_that_was_used_may_be_forked(database, store, how, charges, own,
         pytest.skip("run with --full")
     key, token = create(store)
     ask_for = "SELECT connection_id()" if database.is_mysql else "SELECT pg_backend_pid()"
-    command = [sys.executable, "-X", "dev", "-W", "error", "-W", "ignore:This process:DeprecationWarning"]
-    # A child that exits frees what it inherited: psycopg notices that it is not its own only when it has warned.
-    command += ["-W", "ignore:<psycopg.Connection object:ResourceWarning"]
-    done = subprocess.run(
-        [*command, "-c", FORK, database.url, key, how, own, ask_for], capture_output=True, text=True, timeout=60
-    )
-    assert (done.stdout, done.stderr, done.returncode) == ("charged\n", "", 0), done.stderr
+    assert in_a_process(fork_after_use, database.url, key, how, own, ask_for, timeout=60) == "charged\n"
     token = store.get_by_id(token.id)
     ids = [operation.id for operation in store.history(token.id)]
     assert (token.total_used, len(ids), len(set(ids))) == (charges, charges, charges)
+
+
+def fork_while_a_thread_connects(scheme):
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+    events = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"{scheme}://user:password@127.0.0.1:{server.getsockname()[1]}/database"
+        with SQLAlchemyTokenStore(url, timeout=20) as store, ThreadPoolExecutor(2) as threads:
+            looking = threads.submit(store.get, "a-key")
+            connection, _ = server.accept()
+
+            def refuse():
+                time.sleep(0.3)
+                events.append("refused")
+                connection.close()
+
+            refusing = threads.submit(refuse)
+            if os.fork() == 0:
+                os._exit(0)
+            events.append("forked")
+            refusing.result()
+            os.wait()
+            try:
+                looking.result()
+            except StoreError:
+                print(*events)
+
+
+@pytest.mark.parametrize("scheme", ["postgresql+psycopg", "mysql+pymysql"])
+def test_a_fork_waits_for_a_thread_that_connects(scheme):
+    """Drivers use OpenSSL when they connect. If another thread forks meanwhile, OpenSSL's locks may be held for ever in
+    the child, which hangs when it connects."""
+    assert in_a_process(fork_while_a_thread_connects, scheme) == "refused forked\n"

@@ -16,6 +16,8 @@ from typing import Any, Final
 
 from sqlalchemy import URL, Engine, event
 
+from ... import forks
+
 #: Sets the time (of :func:`time.monotonic`) at which a connection stops waiting; ``None``: use its owner's setting.
 SetDeadline = Callable[[float | None], None]
 
@@ -103,25 +105,39 @@ class _SocketTimeouts:
         self._connection._read_timeout, self._connection._write_timeout = read, write
 
 
+class _Connecting:
+    """A thread that connects: a fork waits for it.
+
+    It may be inside OpenSSL, for one, and hold a lock there. In a child nobody would ever release that lock.
+    """
+
+    __slots__ = ("__weakref__",)
+
+
 def limit_connecting(engine: Engine, seconds_left: Callable[[], float]) -> None:
-    """Let an engine spend no more seconds on a new connection than the thread that needs it has left.
+    """Let an engine spend no more seconds on a new connection than the thread that needs it has left, and let no other
+    thread fork meanwhile.
 
     :param seconds_left: returns 0 or less if no call of ours runs in the thread. An owner's engine then connects with
         its owner's timeout.
     """
-    if engine.driver not in _HAVE_CONNECT_TIMEOUT:
-        return
 
     def connect(dialect: Any, entry: object, arguments: list[Any], parameters: dict[str, Any]) -> Any:
         left = seconds_left()
         if left <= 0:
             return None
-        parameters.setdefault("connect_timeout", _each_attempt(engine.url, left))
-        if engine.driver != "pymysql":
-            return None
-        # PyMySQL waits for a greeting as it waits for an answer. What is added here ends when it is connected.
-        limits = {name: left for name in ("read_timeout", "write_timeout") if name not in parameters}
-        connection = dialect.connect(*arguments, **parameters, **limits)
+        if engine.driver in _HAVE_CONNECT_TIMEOUT:
+            parameters.setdefault("connect_timeout", _each_attempt(engine.url, left))
+        limits = {}
+        if engine.driver == "pymysql":
+            # It waits for a greeting as it waits for an answer. What is added here ends when it is connected.
+            limits = {name: left for name in ("read_timeout", "write_timeout") if name not in parameters}
+        connecting = _Connecting()
+        try:
+            forks.hold(connecting)
+            connection = dialect.connect(*arguments, **parameters, **limits)
+        finally:
+            forks.release(connecting)
         for name in limits:
             setattr(connection, f"_{name}", None)
         return connection

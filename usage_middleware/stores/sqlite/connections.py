@@ -14,7 +14,7 @@ from ...errors import QuotaError, StoreError
 from . import reading, sqlite_errors
 from .database_file import identity, make_file, use_write_ahead_log
 from .group_commit import Disturbed, NoTurn, Turn, Unit, WriteQueue
-from .handle import Box, close_all, open_handle
+from .handle import Box, Handle, close_all, open_handle
 
 _MINIMUM_VERSION: Final = (3, 37)  # STRICT tables (sqlite.org/stricttables.html)
 _MOST_IDLE: Final = 64  # any further connection is closed when its thread has finished with it
@@ -235,7 +235,7 @@ class Connections:
         """
         if pool.file is None or pool.file != identity(self._path):
             pool.close()
-            inherited = forks.inherited()
+            inherited = forks.inherited(Handle)
             if inherited:
                 raise StoreError(
                     f"{inherited[0].path} was open when this process was forked, and SQLite cannot be used safely "

@@ -111,7 +111,7 @@ def look(path: str, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
 
     :raises StoreError: the file cannot be opened.
     """
-    if forks.inherited():
+    if forks.inherited(Handle):
         raise StoreError(f"{path} cannot be read: an SQLite database was in use when this process was forked")
     box: Box = []
     deadline = time.monotonic() + _TIMEOUT
