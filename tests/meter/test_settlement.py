@@ -7,6 +7,7 @@ import threading
 
 import pytest
 from metering import KEY, Host, Metered
+from processes import end_within
 
 from usage_middleware import FromHeader, MemoryTokenStore, OperationConflict, StoreError, TokenNotFound
 from usage_middleware.wsgi.meter import settlement
@@ -204,6 +205,7 @@ def test_a_forked_process_leaves_the_queue_to_its_parent(metered):
     child = os.fork()
     if child == 0:
         try:
+            end_within(60)
             metered.serve().finish()
             os.write(sender, b"%d" % len(metered.store.settled))
         finally:

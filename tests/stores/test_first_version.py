@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import databases
 import pytest
-from processes import environment, in_a_process, process_of
+from processes import end_within, environment, in_a_process, process_of
 from sqlalchemy import Engine, NullPool, create_engine, event
 
 from usage_middleware import Operation, OperationNotFound, StoreError, Token, TokenNotFound, open_store
@@ -287,6 +287,7 @@ def open_and_read(text):
 
 
 def open_when_told(barrier, text):
+    end_within(60)
     with open_store(text) as store:
         barrier.wait()
         assert store.get(key("plain")) is not None
@@ -340,6 +341,7 @@ def die_when_told():
         number, text = line.split()
         child = os.fork()
         if not child:
+            end_within(60)
             open_and_die(text, number)
             os._exit(0)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)

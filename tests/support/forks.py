@@ -2,6 +2,8 @@
 
 import os
 
+from processes import end_within
+
 
 def forked(function):
     """Call a function in a child process. Return the text of what it returned or raised."""
@@ -9,6 +11,7 @@ def forked(function):
     child = os.fork()
     if child == 0:
         try:
+            end_within(60)
             try:
                 result = str(function())
             except BaseException as error:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from hashlib import sha256
 import databases
 import pytest
 from holders import create
+from processes import to_its_end
 from sqlalchemy import NullPool, create_engine, make_url
 
 from usage_middleware import Lookup, QuotaExceeded, SQLAlchemyTokenStore, StoreError, Token
@@ -69,6 +69,7 @@ crashes = 0
 while True:
     pid = os.fork()
     if not pid:
+        signal.alarm(60)
         SQLAlchemyTokenStore(sys.argv[1]).get_by_id(1)
         os._exit(0)
     if os.waitpid(pid, 0)[1] != signal.SIGKILL or crashes == int(sys.argv[2]):
@@ -99,8 +100,7 @@ def tables_of(database):
 def test_processes_that_die_while_they_make_tables_hinder_none(database_server, database_url):
     # MariaDB commits each statement, so that each process comes one further; PostgreSQL none, so all die at once.
     most = 3 if database_server.driver.startswith("postgresql") else 30
-    done = subprocess.run([sys.executable, "-c", CRASH, database_url, str(most)], stdout=subprocess.PIPE, check=True)
-    crashes = int(done.stdout)
+    crashes = int(to_its_end([sys.executable, "-c", CRASH, database_url, str(most)]))
     assert crashes == 3 if most == 3 else crashes > len(sql_schema.TABLES)
     with SQLAlchemyTokenStore(database_url) as store, database_server.database() as other:
         create(store)
@@ -111,7 +111,7 @@ def test_processes_that_die_while_they_make_tables_hinder_none(database_server, 
 
 # Several processes that make tables as soon as they are told to.
 START = """
-import os, sys
+import os, signal, sys
 from usage_middleware import SQLAlchemyTokenStore
 
 told, tell = os.pipe()
@@ -121,6 +121,7 @@ for number in range(8):
     if not children[-1]:
         os.close(tell)
         os.read(told, 1)
+        signal.alarm(60)
         with SQLAlchemyTokenStore(sys.argv[1]) as store:
             store.create(name=str(number))
         os._exit(0)
@@ -130,7 +131,7 @@ assert [os.waitpid(child, 0)[1] for child in children] == [0] * 8
 
 
 def test_processes_that_start_at_once_make_the_tables_once(database_server, database_url):
-    subprocess.run([sys.executable, "-c", START, database_url], check=True)
+    to_its_end([sys.executable, "-c", START, database_url])
     with SQLAlchemyTokenStore(database_url) as store:
         assert sorted(int(token.name) for token in store.tokens()) == list(range(8))
 

@@ -5,7 +5,6 @@ A function that runs ``in_a_process`` of its own is above the test that calls it
 
 import os
 import random
-import signal
 import sqlite3
 import sys
 import threading
@@ -14,7 +13,7 @@ import warnings
 
 import pytest
 from holders import create
-from processes import in_a_process
+from processes import end_within, in_a_process
 from sqlite_files import make_database, needs_proc, open_files, sql
 
 from usage_middleware import SQLiteTokenStore, StoreError, forks
@@ -32,8 +31,8 @@ def wait_for(child):
 
 
 def charge_in_child(store, key):
-    """Charges, and exits. A child that hangs is ended by a signal."""
-    signal.alarm(30)
+    """Charges, and exits."""
+    end_within(30)
     try:
         for _ in range(IN_EACH):
             store.charge(key, 1)

@@ -15,7 +15,7 @@ import warnings
 
 import pytest
 from holders import create
-from processes import environment, in_a_process, process_of
+from processes import end_within, environment, in_a_process, process_of
 from sqlite_files import (
     SUFFIXES,
     another_process,
@@ -37,6 +37,7 @@ def fork(in_child, *arguments, by=os.fork):
     """Fork a child that runs a function and exits as any interpreter does. Wait until it has exited with status 0."""
     child = by()
     if child == 0:
+        end_within(60)
         in_child(*arguments)
         sys.exit()
     assert os.waitpid(child, 0)[1] == 0
@@ -153,6 +154,7 @@ def fork_in_a_transaction(path, by):
         None if children[0] else f"{path} was in a transaction when this process was forked; its parent goes on with it"
     )
     if children[0] == 0:
+        end_within(60)
         del connection
         opened.clear()
         inherited = open_files(path)
@@ -199,6 +201,7 @@ def become_a_daemon(path, count):
     reader, writer = os.pipe()
     if os.fork():
         sys.exit(0)
+    end_within(60)
     os.close(writer)
     assert os.read(reader, 1) == b""  # the parent is gone
     for number in range(int(count)):
@@ -250,6 +253,7 @@ def fork_in_the_middle(path, method, key):
     assert asleep.wait(30)
     child = os.fork()
     if child == 0:
+        end_within(60)
         # Between its attempts, the thread has nothing open.
         assert store.get(key) is not None
         store.create()

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from holders import create
-from processes import environment, in_a_process, process_of
+from processes import end_within, environment, in_a_process, process_of
 from sqlite_files import (
     another_process,
     count_connections,
@@ -115,6 +115,7 @@ def start_workers(count, target, *arguments):
 
 
 def create_in_each(number, barrier, count, *paths):
+    end_within(60)
     try:
         for path in paths:
             store = SQLiteTokenStore(path)
