@@ -119,17 +119,24 @@ def test_a_child_of_a_fork_that_cannot_wait_is_refused(tmp_path):
     assert (status, used) == ("1", "1")
 
 
-def fork_among_reads(path, count):
+def fork_among_calls(path, count):
     ignore_that_threads_fork()
     store = SQLiteTokenStore(path)
     key, _ = create(store, total_available=10**12)
     done = threading.Event()
+    charged = []
 
     def read():
         while not done.is_set():
             store.get(key)
 
-    threads = [threading.Thread(target=read) for _ in range(4)]
+    def charge():
+        while not done.is_set():
+            store.charge(key, 1000)
+            charged.append(1000)
+
+    # Those that charge commit for each other.
+    threads = [threading.Thread(target=call) for call in (read, read, charge, charge, charge)]
     for thread in threads:
         thread.start()
     statuses = []
@@ -142,9 +149,9 @@ def fork_among_reads(path, count):
     for thread in threads:
         thread.join()
     assert statuses == [0] * int(count)
-    print(store.get(key).total_used == int(count) * IN_EACH)
+    print(store.get(key).total_used == int(count) * IN_EACH + sum(charged))
 
 
 @pytest.mark.slow
 def test_a_fork_among_requests_has_its_turn(tmp_path, full):
-    assert in_a_process(fork_among_reads, tmp_path / "tokens.db", 200 if full else 10) == "True\n"
+    assert in_a_process(fork_among_calls, tmp_path / "tokens.db", 200 if full else 10) == "True\n"

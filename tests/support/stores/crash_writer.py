@@ -1,8 +1,8 @@
 """A program for test_killed_writers.py, whose processes charge a token until they are killed, one after the other.
 
-A *life* is a process that makes one call after the other, and reports each that has returned. The processes are forked
-from this small one, which opens no database. There are many, and a new interpreter takes longer to start than a life
-lasts.
+A *life* is a process of one or more threads that make one call after the other, and report each that has returned. The
+processes are forked from this small one, which opens no database. There are many, and a new interpreter takes longer to
+start than a life lasts.
 """
 
 import itertools
@@ -11,7 +11,9 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
+from collections import Counter
 from typing import NamedTuple
 
 from usage_middleware import open_store
@@ -60,37 +62,49 @@ def take(step, store, key):
         store.charge(key, step.amount, model=step.model, idempotency_key=step.name)
 
 
-def live(text, key, life, reports, others):
+def names(life, threads):
+    """Return the name of each thread's own life."""
+    return [f"{life}.{number}" for number in range(threads)]
+
+
+def live(text, key, life, threads, reports, others):
     # Only the parent may have the reading end, so that a life whose parent has ended cannot report, and ends too.
     os.close(others)
     store = open_store(text)
-    for step in steps(life):
-        take(step, store, key)
-        os.write(reports, b".")
+
+    def live_on(number, name):
+        for step in steps(name):
+            take(step, store, key)
+            os.write(reports, bytes([number]))
+
+    for number, name in enumerate(names(life, threads)):
+        threading.Thread(target=live_on, args=(number, name)).start()
 
 
-def live_and_die(text, key, life):
-    """Return how many calls of a life have returned before it was killed."""
+def live_and_die(text, key, life, threads):
+    """Return how many calls of each thread of a life have returned before it was killed."""
     reading, writing = os.pipe()
-    process = PROCESSES.Process(target=live, args=(text, key, life, writing, reading))
+    process = PROCESSES.Process(target=live, args=(text, key, life, threads, writing, reading))
     process.start()
     os.close(writing)
     with open(reading, "rb", buffering=0) as reports:
-        returned = len(reports.read(1))
+        returned = reports.read(1)
         time.sleep(random.Random(life).uniform(0, LONGEST_LIFE))
         process.kill()
         process.join()
-        returned += len(reports.readall())
+        returned += reports.readall()
     if process.exitcode != -signal.SIGKILL:
         sys.exit(f"life {life} ended by itself, with {process.exitcode}")
-    return returned
+    counts = Counter(returned)
+    return {name: counts[number] for number, name in enumerate(names(life, threads))}
 
 
-def main(text, key, lane, lives):
+def main(text, key, lane, lives, threads):
     open_store(text).close()  # connects to nothing, and loads what each life would have to load
     for number in range(int(lives)):
         life = f"{lane}-{number}"
-        print(life, live_and_die(text, key, life), flush=True)
+        for name, returned in live_and_die(text, key, life, int(threads)).items():
+            print(name, returned, flush=True)
 
 
 if __name__ == "__main__":
