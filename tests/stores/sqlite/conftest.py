@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from sqlite_ledger import make_ledger
+from sqlite_statements import watched_statements
 
 from usage_middleware import SQLiteTokenStore
 
@@ -27,6 +28,13 @@ def ledger(tmp_path_factory):
     path = tmp_path_factory.mktemp("ledger") / "tokens.db"
     make_ledger(path)
     return path
+
+
+@pytest.fixture
+def statements():
+    """Yield the statements of the connections that are opened from now on."""
+    with watched_statements() as statements:
+        yield statements
 
 
 @pytest.fixture

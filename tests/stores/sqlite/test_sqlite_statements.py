@@ -2,105 +2,14 @@
 
 import shutil
 import sqlite3
-from contextlib import contextmanager
 
 import pytest
 from sqlite_ledger import A_LOT, CALLS, READS, REPEATABLE, WRITES, content, nothing_random, open_store
+from sqlite_statements import each_error, io_error
 
 from usage_middleware import QuotaExceeded, StoreError
 
 pytestmark = pytest.mark.slow
-
-# --- Statements that fail
-
-
-class Statements:
-    """The statements of all connections, in order, and the errors that some of them raise."""
-
-    def __init__(self):
-        self.seen = []
-        self._errors = {}
-
-    @contextmanager
-    def watched(self, errors=()):
-        """:param errors: by the statement's number, from 1, and whether they come ``"before"`` or ``"after"`` it is
-        done; or of a rollback, by that word."""
-        self.seen = seen = []
-        self._errors = dict(errors)
-        try:
-            yield seen
-        finally:
-            self.__init__()
-
-    def reach(self, place):
-        if place in self._errors:
-            raise self._errors[place]()
-
-
-@pytest.fixture
-def statements(monkeypatch):
-    """Watch the connections that are opened from now on. When the test is done with them, all are closed."""
-    statements = Statements()
-    opened = []
-
-    class Connection(sqlite3.Connection):
-        is_closed = False
-
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options)
-            opened.append(self)
-
-        def close(self):
-            super().close()
-            self.is_closed = True
-
-        def execute(self, sql, *parameters):
-            statements.seen.append(sql)
-            number = len(statements.seen)
-            statements.reach((number, "before"))
-            cursor = super().execute(sql, *parameters)
-            try:
-                statements.reach((number, "after"))
-            except BaseException:
-                cursor.close()  # only this frame, and so the traceback, has it
-                raise
-            return cursor
-
-        def rollback(self):
-            statements.reach("rollback")
-            super().rollback()
-
-    monkeypatch.setattr(sqlite3, "Connection", Connection)
-    yield statements
-    assert opened
-    left = [connection for connection in opened if not connection.is_closed]
-    for connection in left:
-        connection.close()
-    assert not left, "connections that were not closed"
-
-
-def disk_full():
-    return sqlite3.OperationalError("database or disk is full")
-
-
-def io_error():
-    return sqlite3.OperationalError("disk I/O error")
-
-
-def locked():
-    return sqlite3.OperationalError("database is locked")
-
-
-each_error = pytest.mark.parametrize(
-    ("error", "raised"),
-    [
-        pytest.param(disk_full, StoreError, id="disk full"),
-        pytest.param(io_error, StoreError, id="I-O error"),
-        pytest.param(locked, StoreError, id="locked"),
-        pytest.param(KeyboardInterrupt, KeyboardInterrupt, id="interrupted"),
-        pytest.param(MemoryError, MemoryError, id="no memory"),
-    ],
-)
 
 
 def check_every_statement(start, call, statements, error, raised):
