@@ -143,7 +143,7 @@ def charge_among_signals(url, key, own, seconds, seed):
     signal.signal(signal.SIGALRM, interrupt)
     charge(0)
     number = interrupts = 0
-    while time.monotonic() < end:
+    while time.monotonic() < end or interrupts < 5:
         number += 1
         try:
             signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.00005, 0.01))
