@@ -29,7 +29,7 @@ def process_of(function, *arguments):
     return [sys.executable, "-X", "dev", "-W", "error", "-c", program, *map(str, arguments)]
 
 
-def in_a_process(function, *arguments, timeout=120):
+def in_a_process(function, *arguments, timeout=600):
     """Run a function of a test module in a new interpreter, and return what it printed.
 
     Neither it nor a process that it forks may print an error: they share its standard error.
@@ -37,7 +37,7 @@ def in_a_process(function, *arguments, timeout=120):
     return to_its_end(process_of(function, *arguments), timeout=timeout)
 
 
-def to_its_end(command, *, timeout=120):
+def to_its_end(command, *, timeout=600):
     """Run a program that must print no error, and return what it printed.
 
     At the end, all processes that it forked are killed.

@@ -113,7 +113,7 @@ def use_at_once(store, connections):
 # In a process of its own: an exception at an opcode that ends a handler leaves Python with that handler for good.
 @pytest.mark.parametrize("own", ["url", "engine"])
 def test_calls_that_are_interrupted(database, own, full):
-    print(in_a_process(interrupt_steps, database.url, own, 3000 if full else 20, timeout=900))
+    print(in_a_process(interrupt_steps, database.url, own, 3000 if full else 20, timeout=1800))
 
 
 def charge_among_signals(url, key, own, seconds, seed):

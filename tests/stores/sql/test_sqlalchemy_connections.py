@@ -179,7 +179,7 @@ def test_a_store_that_was_used_may_be_forked(database, store, how, charges, own,
         pytest.skip("run with --full")
     key, token = create(store)
     ask_for = "SELECT connection_id()" if database.is_mysql else "SELECT pg_backend_pid()"
-    assert in_a_process(fork_after_use, database.url, key, how, own, ask_for, timeout=60) == "charged\n"
+    assert in_a_process(fork_after_use, database.url, key, how, own, ask_for) == "charged\n"
     token = store.get_by_id(token.id)
     ids = [operation.id for operation in store.history(token.id)]
     assert (token.total_used, len(ids), len(set(ids))) == (charges, charges, charges)
