@@ -1,10 +1,10 @@
 """A Django project in one file, with the usage endpoint.
 
-    pip install usage-middleware django
+    pip install . django
     python examples/django_project.py [PORT]
 
-Then run the curl command that it prints. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names, or tokens.db.
-In a project of many files, the lines that make `store` and `application` are all that goes into its wsgi.py.
+Then run the curl command that it prints. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names, or in tokens.db.
+In a project with several files, add the lines for `store` and `application` to its wsgi.py.
 """
 
 import os

@@ -1,9 +1,9 @@
-"""A FastAPI application with the usage endpoint: a WSGI application mounted in an ASGI one, by a2wsgi.
+"""A FastAPI application with the usage endpoint, which is a WSGI application that a2wsgi mounts in an ASGI one.
 
-    pip install usage-middleware fastapi a2wsgi uvicorn
+    pip install . fastapi a2wsgi uvicorn
     python examples/fastapi_app.py [PORT]
 
-Then run the curl command that it prints. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names, or tokens.db.
+Then run the curl command that it prints. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names, or in tokens.db.
 Starlette and other ASGI frameworks mount it the same way.
 """
 
@@ -20,8 +20,8 @@ from usage_middleware import SQLiteTokenStore, UsageMiddleware
 store = SQLiteTokenStore(os.environ.get("USAGE_MIDDLEWARE_DB", "tokens.db"))
 
 app = FastAPI()
-# Mounted one level above the endpoint: a mount's own path is redirected to the one with a slash at its end, and on a
-# redirect clients lose their key.
+# Mount it one level above the endpoint: the path of a mount itself is redirected to the one with a slash at its end,
+# and clients drop their key on a redirect.
 app.mount("/api/usage", WSGIMiddleware(UsageMiddleware(NotFound(), store, path="/token")))  # type: ignore[arg-type]
 
 

@@ -1,10 +1,10 @@
 """A Flask application with the usage endpoint.
 
-    pip install usage-middleware flask
+    pip install . flask
     python examples/flask_app.py [PORT]
 
-Then run the curl command that it prints. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names, or tokens.db.
-A real server takes the application as it is: gunicorn --chdir examples flask_app:app
+Then run the curl command that it prints. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names, or in tokens.db.
+A production server serves the application as it is: gunicorn --chdir examples flask_app:app
 """
 
 import os

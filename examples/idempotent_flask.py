@@ -1,13 +1,14 @@
 """A Flask view that charges, and that returns the first answer again if a request is repeated.
 
+    pip install . flask
     python examples/idempotent_flask.py [PORT]
 
-Then run the curl commands that it prints. It needs Flask. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names,
-or in tokens.db, and answers beside them, in answers.db.
+Then run the curl commands that it prints. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names, or in tokens.db,
+and answers beside them, in answers.db.
 
-The answer is kept under the id of the operation, together with a digest of the request that it answers, before the
-operation is settled. So after any interruption, the next request with the same Idempotency-Key either finds the answer
-and settles its cost, or finds none and gets an error that says so.
+Before an operation is settled, its answer is kept under the id of the operation, with a digest of the request. So after
+any interruption, the next request with the same Idempotency-Key either finds the answer and settles its cost, or finds
+none and gets an error that says so.
 """
 
 import hashlib
@@ -65,7 +66,7 @@ def shout() -> Response | str:
 def again(key: str, operation: Operation, body: bytes) -> Response | str:
     """Return the answer of an earlier request, if this is the same one."""
     token = store.get(key)
-    if token is None or not token.enabled:  # it may be disabled by now; the ledger does not refuse a repeated call
+    if token is None or not token.enabled:  # disabled since then: the ledger does not refuse a repeated call
         return refusal(401, "this key cannot be used")
     with closing(sqlite3.connect(ANSWERS)) as db:
         db.execute("CREATE TABLE IF NOT EXISTS answers (operation TEXT PRIMARY KEY, request BLOB, answer TEXT)")

@@ -1,13 +1,14 @@
 """The usage endpoint in front of a legacy HTTP service in any language.
 
+    pip install .
     python examples/legacy_proxy.py [PORT]
 
 Then run the curl command that it prints. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names, or in tokens.db.
-The program starts a small legacy service for the demonstration, and passes every other path on to it. Nothing is
-charged; meter_legacy_service.py does that too.
+The program starts a small legacy service for the demonstration, and forwards all other paths to it. It charges nothing;
+for that, see meter_legacy_service.py.
 
-If a web server such as nginx stands in front already, let it send /api/usage/token to `usage-middleware serve` and
-everything else to the legacy service.
+If a web server such as nginx is already in front of the service, let it send /api/usage/token to
+`usage-middleware serve`, and everything else to the service.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """A store over a table that an older application already has, with its own column names and with keys as plain text.
 
-    pip install usage-middleware
+    pip install .
     python examples/legacy_table.py [PORT]
 
-Then run the curl command that it prints. The program makes a small legacy database for the demonstration and
-removes it at its end. LegacyTokenStore is the part to copy: a store is any object with a method `get(key)`.
+Then run the curl command that it prints. The program creates a small legacy database for the demonstration, and
+removes it at the end. LegacyTokenStore is the part to copy: a store is any object with a method `get(key)`.
 """
 
 import os
@@ -21,7 +21,7 @@ from werkzeug.serving import run_simple
 
 from usage_middleware import Token, UsageMiddleware
 
-# Any column but the key may be NULL, and the key's own collation treats "abc" and "ABC" as equal.
+# Any column except the key may be NULL, and the collation of the key treats "abc" and "ABC" as equal.
 LEGACY_TABLE = """
 CREATE TABLE api_clients (
     apikey VARCHAR(64) NOT NULL PRIMARY KEY COLLATE NOCASE,
@@ -32,8 +32,8 @@ CREATE TABLE api_clients (
     is_blocked INTEGER
 )
 """
-# The first comparison uses the index, the second is exact. Keys arrive without `sk-`. If the table keeps it in
-# front, compare with 'sk-' || :key.
+# The first comparison uses the index, and the second is exact. Keys arrive without `sk-`. If the table has them with
+# it, compare with 'sk-' || :key.
 QUERY = """
 SELECT cust_nm, credits_left, credits_spent, valid_until, is_blocked
 FROM api_clients WHERE apikey = :key AND apikey = :key COLLATE BINARY
@@ -45,7 +45,7 @@ class LegacyTokenStore:
         self.uri = Path(path).absolute().as_uri() + "?mode=ro"
 
     def get(self, key: str, /) -> Token | None:
-        # Requests come from several threads, and a connection may be used by one only.
+        # Several threads handle requests, and each connection may be used by one thread only.
         with closing(sqlite3.connect(self.uri, uri=True)) as db:
             row = db.execute(QUERY, {"key": key}).fetchone()
         if row is None:

@@ -1,9 +1,9 @@
 """A Flask application that is charged a quota unit for each request. Its views do not know about it.
 
+    pip install . flask
     python examples/meter_flask.py [PORT]
 
-Then run the curl commands that it prints. It needs Flask. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names,
-or in tokens.db.
+Then run the curl commands that it prints. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names, or in tokens.db.
 """
 
 import os

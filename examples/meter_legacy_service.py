@@ -1,5 +1,6 @@
 """A legacy HTTP service in any language, whose requests cost what it states in a header of its answers.
 
+    pip install .
     python examples/meter_legacy_service.py [PORT]
 
 Then run the curl commands that it prints. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names, or in tokens.db.

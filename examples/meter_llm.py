@@ -1,9 +1,10 @@
 """An OpenAI-compatible service whose tokens are charged, in JSON and in event streams.
 
+    pip install .
     python examples/meter_llm.py [PORT]
 
 Then run the curl commands that it prints. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names, or in tokens.db.
-The program starts a small service that stands in for a real one. Two variables name a real one:
+The program starts a small service that stands in for a real one. To use a real one, set two variables:
 
     UPSTREAM_URL=https://llm.example UPSTREAM_KEY=… python examples/meter_llm.py
 

@@ -1,10 +1,11 @@
 """What a meter charges, as metrics of OpenTelemetry: ten lines on `on_settled`.
 
+    pip install . opentelemetry-api
     python examples/meter_opentelemetry.py [PORT]
 
-Then run the curl commands that it prints. It needs opentelemetry-api; with opentelemetry-sdk and an exporter, such as
-`opentelemetry-instrument` sets up, the metrics go to the same place as your others. Tokens are kept in the file that
-USAGE_MIDDLEWARE_DB names, or in tokens.db.
+Then run the curl commands that it prints. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names, or in tokens.db.
+With opentelemetry-sdk and an exporter, as `opentelemetry-instrument` sets them up, the metrics go where your other
+metrics go.
 """
 
 import os

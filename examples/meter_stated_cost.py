@@ -1,10 +1,11 @@
-"""A WSGI application that states what each request costs, by a call that it finds in the request's environment.
+"""A WSGI application that states what each request costs, by a function that it finds in `environ`.
 
+    pip install .
     python examples/meter_stated_cost.py [PORT]
 
 Then run the curl commands that it prints. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names, or in tokens.db.
 
-The application runs without the meter too: then nothing is charged.
+The application also runs without the meter. Then nothing is charged.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """A Flask view that charges its caller's key: it reserves before the work, and settles the real cost after it.
 
+    pip install . flask
     python examples/metered_flask.py [PORT]
 
-Then run the curl commands that it prints. It needs Flask. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names,
-or in tokens.db.
+Then run the curl commands that it prints. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names, or in tokens.db.
 
-A client that sends an Idempotency-Key is never charged twice for it. If it sends one again, the request is refused, so
-the work is not done twice for one payment. An application that can keep its answers returns the first one again; see
-idempotent_flask.py.
+A client that sends an Idempotency-Key is never charged twice for it. If the client sends it again, the request is
+refused, so the work is not done twice for one payment. An application that can keep its answers returns the first one
+again; see idempotent_flask.py.
 """
 
 import os

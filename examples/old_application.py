@@ -1,6 +1,6 @@
 """A price list from long ago: a plain WSGI application (PEP 3333) that does not know about tokens.
 
-wrap_old_application.py gives it the usage endpoint without a change to this file.
+wrap_old_application.py adds the usage endpoint without changing this file.
 """
 
 PRICES = [("Apples", 240), ("Pears", 310), ("Quinces", 450)]

@@ -1,10 +1,10 @@
 """The usage endpoint for an application that must not be changed: old_application.py stays as it is.
 
-    pip install usage-middleware
+    pip install .
     python examples/wrap_old_application.py [PORT]
 
-Then run the curl command that it prints. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names, or tokens.db.
-The command does the same without this file, in the folder of the old one:
+Then run the curl command that it prints. Tokens are kept in the file that USAGE_MIDDLEWARE_DB names, or in tokens.db.
+In the folder of old_application.py, the command does the same without this file:
 
     usage-middleware create --db tokens.db --name Demo --quota 1000000
     usage-middleware serve --db tokens.db --app old_application:application
