@@ -85,7 +85,7 @@ def api() -> str:
         "",
         "Everything that can be imported from `usage_middleware`.",
         "",
-        "This page is made from the docstrings, by `python docs/generate.py`.",
+        "This page is generated from the docstrings by `python docs/generate.py`.",
         "",
     ]
     listed = {name for _, names in SECTIONS for name in names}
@@ -167,26 +167,38 @@ def marked(doc: str) -> str:
 def text(thing: Any) -> list[str]:
     """Return a docstring as Markdown."""
     doc = inspect.getdoc(thing) or ""
+    # Before marked() makes the columns narrower.
+    doc = re.sub(r"^(=+(?: +=+)+)\n(.*)\n\1\n((?:.*\n)*?)\1$", table, doc, flags=re.MULTILINE)
     doc = marked(doc)
     doc = re.sub(r"^\.\. code-block:: \w+\n", "", doc, flags=re.MULTILINE)
-    # Fields become a list, and a table of reStructuredText stays as it is drawn.
+    # Fields become a list.
     doc = re.sub(r"^:param ([^:]+):", r"- `\1`:", doc, flags=re.MULTILINE)
     doc = re.sub(r"^:returns?:", "- returns", doc, flags=re.MULTILINE)
     doc = re.sub(r"^:raises ([^:]+):", r"- raises `\1`:", doc, flags=re.MULTILINE)
     doc = re.sub(r"^:raises:", "- raises", doc, flags=re.MULTILINE)
-    doc = re.sub(r"(?m)^((?:=+ ?)+\n(?:.*\n)*?(?:=+ ?)+)$", r"```text\n\1\n```", doc)
+    doc = re.sub(r"^(>>> (?:.+\n?)+)", r"```pycon\n\1\n```", doc, flags=re.MULTILINE)
     return doc.splitlines()
+
+
+def table(match: re.Match[str]) -> str:
+    """Return a simple table of reStructuredText as one of Markdown. The rows of equals signs show its columns."""
+    border, heading, rows = match.groups()
+    starts = [column.start() for column in re.finditer("=+", border)]
+    columns = [slice(start, end) for start, end in zip(starts, [*starts[1:], None])]  # noqa: B905 - the same length
+    lines = [[line[column].strip() for column in columns] for line in (heading, *rows.splitlines())]
+    lines.insert(1, ["---"] * len(columns))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def command() -> str:
     lines = [
         "# The command",
         "",
-        "`usage-middleware` is an operator's way to tokens, and a way to serve the endpoint.",
+        "`usage-middleware` manages tokens and serves the endpoint.",
         "",
-        "This page is made from the commands' own help, by `python docs/generate.py`.",
+        "This page is generated from the help of the commands by `python docs/generate.py`.",
         "",
-        "What is wrong is said in one line on standard error, with exit status 2.",
+        "An error is one line on standard error, and the exit status is 2.",
         "",
         *block(commands, "usage-middleware"),
     ]

@@ -33,6 +33,7 @@ class Operation:
     #: Made by the store, and unique in it.
     id: str
     token_id: int
+    #: ``"charge"``, ``"reserve"``, ``"refund"``, ``"grant"`` or ``"renewal"``.
     kind: Kind
     #: The quota units that were requested. Negative for a grant that takes back, and for a renewal with less than was
     #: left. ``None`` for a refund of all that is left.

@@ -53,13 +53,12 @@ _Opener = Callable[[str, bool], Any]
 
 
 def open_store(text: str, *, read_only: bool = False) -> QuotaStore | Any:
-    """Return the store that ``text`` names, as the table above has it. Nothing is connected before its first use.
+    """Return the store that ``text`` names. Nothing is connected before its first use.
 
-    What a path names depends on the file. For a file that has new-api's tokens, the store is a
-    :class:`NewAPITokenStore`, which is not a :class:`QuotaStore` and only reads. A server is not asked, so the URL of
-    a new-api database on a server needs ``new-api+`` in front.
-
-    :param read_only: the store never writes, makes no tables, and needs no permission to write.
+    :param text: the path of an SQLite file, the URL of a database, or ``memory:``. If the file is a database of
+        new-api, the store is a :class:`NewAPITokenStore`, which is not a :class:`QuotaStore` and only reads. A server
+        is not asked, so the URL of a new-api database on a server needs ``new-api+`` in front.
+    :param read_only: the store never writes, creates no tables, and needs no permission to write.
     :raises TypeError, ValueError: it does not name a store; the message lists what does.
     :raises ImportError: a package that the store needs is not installed; the message says how to install it.
     :raises StoreError: what a package has registered is not a store.

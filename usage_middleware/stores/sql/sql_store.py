@@ -28,11 +28,12 @@ _Result = TypeVar("_Result")
 
 
 class SQLAlchemyTokenStore(QuotaStore):
-    """Keep tokens in tables whose names begin with ``usage_``. The first use makes them if they are missing.
+    """Keep tokens in tables whose names begin with ``usage_``. The first use creates them if they are missing.
 
     :param url_or_engine: an SQLAlchemy URL such as ``"postgresql+psycopg://user:password@host/name"`` or
         ``"mysql+pymysql://…"``, or an :class:`~sqlalchemy.engine.Engine`, whose pool and options are then its owner's.
-    :param read_only: never write, and never make tables: they must be there.
+    :param timeout: how many seconds a call waits for the server, including connecting, before a :class:`StoreError`.
+    :param read_only: never write, and never create tables: they must be there.
     :param clock: returns Unix time; for tests.
     :raises TypeError, ValueError: the argument is neither, or names another kind of database; for SQLite there is
         :class:`SQLiteTokenStore`.

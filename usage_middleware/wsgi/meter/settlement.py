@@ -33,25 +33,30 @@ _MOST_AT_ONCE: Final = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settlement:
-    """What became of one metered request."""
+    """How one metered request ended, and what it was charged."""
 
     operation_id: str
     token_id: int
     model: str | None
-    #: Quota units: those that were reserved, and those that were finally charged.
+    #: The quota units that were reserved.
     reserved: int
+    #: The quota units that were finally charged.
     units: int
     input_tokens: int
     output_tokens: int
+    #: Where the units come from: ``"stated"`` by the service, ``"fixed"`` for each request, ``"measured"``,
+    #: ``"reserved"`` (the cost is unknown), or ``"free"``.
     basis: Basis
+    #: ``"completed"``: the status is 1xx to 3xx. ``"rejected"``: it is 4xx. ``"failed"``: it is 5xx, there was an
+    #: exception, or the answer broke off or reported a failure. ``"abandoned"``: the client left before the end.
     outcome: Outcome
     #: The status of the answer; ``None``: the answer had not begun.
     status: int | None
-    #: How long the request took until it was settled.
+    #: How many seconds the request took until it was settled.
     seconds: float
     #: Whether the store has accepted it. If not, it is retried with later requests.
     settled: bool
-    #: How long the meter itself took, including reading the request's body if it had to be read.
+    #: How many seconds the meter itself took, including reading the request's body if it had to be read.
     added: float = 0.0
 
 
