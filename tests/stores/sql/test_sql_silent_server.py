@@ -114,6 +114,28 @@ def test_a_commit_that_is_not_answered(disposable_server, stores):
         assert each.charge(key, 5, idempotency_key=f"{number}").total_used == 5 * number
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["own", "engine"])
+@pytest.mark.parametrize("name", ["get_by_id", "charge"])
+def test_a_rollback_that_is_not_answered(database, store, name, own):
+    """SQLAlchemy ends each use of a connection with one. The call has its answer already."""
+    key, token = store.create(total_available=1000)
+    with ThreadPoolExecutor(1) as thread, closing(Proxy(database.server.port)) as proxy:
+        url = make_url(database.url).set(port=proxy.port)
+        engine = create_engine(url)
+        with SQLAlchemyTokenStore(url if own else engine, timeout=TIMEOUT) as cut:
+            cut.get_by_id(token.id)
+
+            def cut_answer(chunk, is_request):
+                if is_request and b"ROLLBACK" in chunk:
+                    proxy.fall_silent()
+
+            proxy.cut = cut_answer
+            call = partial(cut.charge, key, 5) if name == "charge" else partial(cut.get_by_id, token.id)
+            assert thread.submit(call).result(TIMEOUT + SLACK).id == token.id
+        engine.dispose()
+    assert store.get(key).total_used == 5 * (name == "charge")
+
+
 def test_a_network_that_drops_everything(database_server, database_url):
     with closing(Proxy(database_server.port)) as proxy:
         url = make_url(database_url).set(port=proxy.port)

@@ -12,7 +12,7 @@ from sqlalchemy import URL, Engine, event
 
 from ... import forks
 from .dialects import make_engine, refuse_encoding
-from .pool import ConnectionPool, replace_interrupted
+from .pool import ConnectionPool, watch_connections
 from .timeouts import deadline_setter, limit_connecting
 
 
@@ -53,7 +53,7 @@ def _made(url: URL, timeout: float, deadline: Deadline) -> Engine:
 
 
 def _watch(engine: Engine, deadline: Deadline) -> None:
-    replace_interrupted(engine)
+    watch_connections(engine)
     limit_connecting(engine, deadline.seconds_left)
     refuse_encoding(engine, deadline.seconds_left)
 

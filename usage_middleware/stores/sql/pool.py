@@ -23,6 +23,9 @@ from sqlalchemy.pool import ConnectionPoolEntry
 #: answers have been read and no transaction is open.
 IN_USE: Final = "usage_middleware.in_use"
 
+#: A key of that dictionary: the function that sets the connection's deadline. The deadline ends in the pool.
+SET_DEADLINE: Final = "usage_middleware.set_deadline"
+
 # As many as SQLAlchemy's own pool allows by default: 5 that stay and 10 more.
 _MOST_CONNECTIONS: Final = 15
 _PAUSE: Final = 0.002  # average seconds between two attempts at a place
@@ -101,13 +104,15 @@ class _Place:
     __slots__ = ("__weakref__",)
 
 
-def replace_interrupted(engine: Engine) -> None:
-    """Let ``engine`` replace a connection on which a store was interrupted, whichever way it came back to the pool.
+def watch_connections(engine: Engine) -> None:
+    """Let ``engine`` replace a connection on which a store was interrupted, whichever way it came back to the pool, and
+    end the deadline of one that comes back in order.
 
     Listeners that are registered twice are called once, so several stores may share an engine.
     """
     event.listen(engine, "reset", _close_interrupted)
     event.listen(engine, "checkout", _refuse_interrupted)
+    event.listen(engine, "checkin", _end_deadline)
 
 
 def _close_interrupted(dbapi_connection: Any, entry: ConnectionPoolEntry, state: Any) -> None:
@@ -120,3 +125,9 @@ def _close_interrupted(dbapi_connection: Any, entry: ConnectionPoolEntry, state:
 def _refuse_interrupted(dbapi_connection: Any, entry: ConnectionPoolEntry, proxied: Any) -> None:
     if IN_USE in entry.info:
         raise DisconnectionError("a store was interrupted while it used this connection")
+
+
+def _end_deadline(dbapi_connection: Any, entry: ConnectionPoolEntry) -> None:
+    set_deadline = entry.info.pop(SET_DEADLINE, None)
+    if set_deadline is not None:
+        set_deadline(None)

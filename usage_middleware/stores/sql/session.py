@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Executable
 
 from .batches import Batches, Request, Rows
 from .dialects import Manners
-from .pool import IN_USE
+from .pool import IN_USE, SET_DEADLINE
 from .timeouts import SetDeadline, deadline_setter
 
 
@@ -125,7 +125,8 @@ class Session:
 
     def give_back(self) -> None:
         """Return the connection to its pool. All answers have been read, and no transaction is open."""
-        self._set_deadline(None)
+        # SQLAlchemy may send a ROLLBACK all the same. The deadline holds for its answer, too.
+        self._info[SET_DEADLINE] = self._set_deadline
         del self._info[IN_USE]
         self.connection.close()
 
