@@ -39,7 +39,8 @@ def history(
 ) -> None:
     """List the operations of a token, newest first.
 
-    AMOUNT is what an operation came to. HELD is what a charge still holds after its refunds.
+    AMOUNT is what an operation came to, or what an open reservation asked for. HELD is what a charge still holds after
+    its refunds, or what a reservation holds.
     """
     now = time.time()
 
@@ -73,8 +74,9 @@ def history(
 def prune(before: int, dry_run: bool, yes: bool) -> None:
     """Delete finished operations that are older than a time.
 
-    Totals and usage by day stay as they are. A deleted operation cannot be refunded any more, and a call that repeats
-    it is charged again: keep operations for longer than a client may retry. At a terminal, the command asks first.
+    Reservations that lapsed before that time are released. Otherwise totals and usage by day stay as they are. A
+    deleted operation cannot be refunded any more, and a call that repeats it is charged again: keep operations for
+    longer than a client may retry. At a terminal, the command asks first.
     """
     now = time.time()
     when = format_time(before)
