@@ -278,8 +278,8 @@ def test_totals_go_as_far_as_a_column(store):
 
 @pytest.mark.slow
 def test_a_restore_of_more_than_one_statement_takes(store):
-    """PostgreSQL takes 65,535 parameters."""
-    count = 70_000
+    """PostgreSQL takes 65,535 parameters, and one statement has each digest twice."""
+    count = 33_000
     records = [TokenRecord(token=Token(), digest=sha256(b"%d" % number).digest()) for number in range(count)]
     ids = store.restore([*records, records[0]])
     assert len(set(ids[:-1])) == count
