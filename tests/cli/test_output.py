@@ -43,7 +43,7 @@ def _until_written(name):
         return getattr(SQLiteTokenStore, name)(self, *args)
     return method
 
-for name in ("_get", "_get_by_id", "_page", "_model_usage"):
+for name in ("_get", "_get_by_id", "_page", "_records", "_model_usage"):
     setattr(WriteOnly, name, _until_written(name))
 
 def lossy(url, *, read_only=False):

@@ -8,8 +8,7 @@ What a :class:`QuotaStore` does is written once, here and in its :class:`~.ledge
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import date
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Final, Protocol, TypeVar
 
@@ -19,7 +18,6 @@ from ..keys import check_key, key_digest, key_hint, make_key, with_prefix
 from ..operations import bring_up_to_date
 from ..renewal import first_renewal, renewed
 from ..tokens import Token, TokenRecord, id_of
-from ..usage import DayUsage
 from .history import History
 from .hooks import MOST_LAPSED, new_id
 from .ledger import Ledger, token_not_found
@@ -134,9 +132,11 @@ class QuotaStore(Ledger, History):
 
     def tokens(self) -> Iterator[Token]:
         """Yield every token, by id. They are read page by page: memory does not grow, and no lock is held."""
-        for page in self._pages():
-            for token, _ in page:
+        after = 0
+        while page := self._page(after, _PAGE_SIZE):
+            for token in page:
                 yield self._as_of_now(token) or token
+            after = id_of(page[-1])
 
     def count(self) -> int:
         """Return how many tokens there are."""
@@ -144,27 +144,15 @@ class QuotaStore(Ledger, History):
 
     def records(self) -> Iterator[TokenRecord]:
         """Yield every token by id, with all that :meth:`restore` needs of it. They are read as :meth:`tokens` reads
-        them.
+        them. The figures of each are of one moment: they agree even while the token is charged.
 
         What open reservations hold counts as used. Before a move, settle them, or let them lapse and then charge or
         prune.
         """
-        for page in self._pages():
-            first, last = id_of(page[0][0]), id_of(page[-1][0])
-            usage: dict[int, dict[str, int]] = {}
-            for token_id, model, used in self._model_usage(first, last):
-                usage.setdefault(token_id, {})[model] = used
-            days: dict[int, list[DayUsage]] = {}
-            for token_id, entry in self._usage_by_day(first, last, date.min, date.max):
-                days.setdefault(token_id, []).append(entry)
-            for token, digest in page:
-                token_id = id_of(token)
-                yield TokenRecord(
-                    token=token,
-                    digest=digest,
-                    model_usage=usage.get(token_id, {}),
-                    days=tuple(days.get(token_id, ())),
-                )
+        after = 0
+        while page := self._records(after, _PAGE_SIZE):
+            yield from page
+            after = id_of(page[-1].token)
 
     def restore(self, records: Iterable[TokenRecord]) -> list[int | None]:
         """Add tokens as another store kept them, all in one transaction.
@@ -273,12 +261,6 @@ class QuotaStore(Ledger, History):
             return token
 
         return self._transact(work)
-
-    def _pages(self) -> Iterator[Sequence[tuple[Token, bytes]]]:
-        after = 0
-        while page := self._page(after, _PAGE_SIZE):
-            yield page
-            after = id_of(page[-1][0])
 
     def __enter__(self: _QuotaStore) -> _QuotaStore:
         return self

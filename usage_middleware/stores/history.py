@@ -100,8 +100,7 @@ class History(StoreHooks):
 
     def model_usage(self, token_id: int) -> dict[str, int]:
         """Return the quota units that each model has used of a token; charges that named no model are left out."""
-        usage = self._model_usage(token_id, token_id) if can_exist(token_id) else ()
-        return {model: used for _, model, used in usage}
+        return self._model_usage(token_id) if can_exist(token_id) else {}
 
     def usage_by_day(self, token_id: int, first_day: date, last_day: date) -> Sequence[DayUsage]:
         """Return what a token used on each UTC day from one to another, both included, by day and then model.
@@ -113,11 +112,7 @@ class History(StoreHooks):
             # A datetime is a date too, but not a day.
             if type(day) is not date:
                 raise TypeError(f"{what} must be a datetime.date, got {type(day).__name__}")
-        return self._usage_of_token(token_id, first_day, last_day) if can_exist(token_id) else []
-
-    def _usage_of_token(self, token_id: int, first_day: date, last_day: date) -> Sequence[DayUsage]:
-        """Return what a token used, by day and then model. A hook, as :meth:`_log`."""
-        return [usage for _, usage in self._usage_by_day(token_id, token_id, first_day, last_day)]
+        return self._usage_by_day(token_id, first_day, last_day) if can_exist(token_id) else []
 
     def today(self) -> date:
         """Return the UTC day on which a charge would be booked now."""
@@ -129,7 +124,7 @@ class History(StoreHooks):
 
     def _count_requests(self, token_id: int) -> int:
         """Return the sum of ``requests`` in a token's usage by day. A hook, as :meth:`_log`."""
-        return sum(usage.requests for usage in self._usage_of_token(token_id, date.min, date.max))
+        return sum(usage.requests for usage in self._usage_by_day(token_id, date.min, date.max))
 
     def open_reservations(self) -> Iterator[Operation]:
         """Yield the reservations that are not settled and hold units, lapsed or not, the oldest first, page by page."""

@@ -14,7 +14,7 @@ from datetime import date
 from typing import Final, TypeVar
 
 from ..operations import Operation
-from ..tokens import Token
+from ..tokens import Token, TokenRecord
 from ..usage import DayUsage
 from .findings import Finding
 from .migrations import TablesState
@@ -50,8 +50,12 @@ class StoreHooks(ABC):
         """Return the token of that id."""
 
     @abstractmethod
-    def _page(self, after: int, size: int) -> Sequence[tuple[Token, bytes]]:
-        """Return up to ``size`` tokens with an id greater than ``after``, by id, each with its digest."""
+    def _page(self, after: int, size: int) -> Sequence[Token]:
+        """Return up to ``size`` tokens with an id greater than ``after``, by id."""
+
+    @abstractmethod
+    def _records(self, after: int, size: int) -> Sequence[TokenRecord]:
+        """Return the same tokens with all that is kept of them. What is returned of one token is of one moment."""
 
     @abstractmethod
     def _operation(self, operation_id: str) -> Operation | None:
@@ -77,14 +81,12 @@ class StoreHooks(ABC):
         ``lapsed_before`` is released."""
 
     @abstractmethod
-    def _model_usage(self, first_id: int, last_id: int) -> Sequence[tuple[int, str, int]]:
-        """Return a token id, a model, and the units that it has used, for each model of the tokens in a range."""
+    def _model_usage(self, token_id: int) -> dict[str, int]:
+        """Return the units that each model has used of a token."""
 
     @abstractmethod
-    def _usage_by_day(
-        self, first_id: int, last_id: int, first_day: date, last_day: date
-    ) -> Sequence[tuple[int, DayUsage]]:
-        """Return a token id and its usage, for each day and model of the tokens in a range, by token, day and model."""
+    def _usage_by_day(self, token_id: int, first_day: date, last_day: date) -> Sequence[DayUsage]:
+        """Return what a token used from one day to another, both included, by day and then model."""
 
     @abstractmethod
     def taken(self, digests: Sequence[bytes]) -> set[bytes]:

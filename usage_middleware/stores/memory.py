@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from ..errors import StoreError
 from ..operations import Operation
-from ..tokens import Token
+from ..tokens import Token, TokenRecord
 from ..usage import DayUsage
 from .base import QuotaStore
 from .memory_content import Content
@@ -54,9 +54,13 @@ class MemoryTokenStore(QuotaStore):
         with self._lock:
             return self._open().token(token_id)
 
-    def _page(self, after: int, size: int) -> Sequence[tuple[Token, bytes]]:
+    def _page(self, after: int, size: int) -> Sequence[Token]:
         with self._lock:
             return self._open().page(after, size)
+
+    def _records(self, after: int, size: int) -> Sequence[TokenRecord]:
+        with self._lock:
+            return self._open().records(after, size)
 
     def _operation(self, operation_id: str) -> Operation | None:
         with self._lock:
@@ -78,15 +82,13 @@ class MemoryTokenStore(QuotaStore):
         with self._lock:
             return self._open().count_finished(before, lapsed_before)
 
-    def _model_usage(self, first_id: int, last_id: int) -> Sequence[tuple[int, str, int]]:
+    def _model_usage(self, token_id: int) -> dict[str, int]:
         with self._lock:
-            return self._open().model_usage(first_id, last_id)
+            return self._open().model_usage(token_id)
 
-    def _usage_by_day(
-        self, first_id: int, last_id: int, first_day: date, last_day: date
-    ) -> Sequence[tuple[int, DayUsage]]:
+    def _usage_by_day(self, token_id: int, first_day: date, last_day: date) -> Sequence[DayUsage]:
         with self._lock:
-            return self._open().usage_by_day(first_id, last_id, first_day, last_day)
+            return self._open().usage_by_day(token_id, first_day, last_day)
 
     def taken(self, digests: Sequence[bytes]) -> set[bytes]:
         with self._lock:

@@ -53,9 +53,20 @@ class Content:
     def token_of_digest(self, digest: bytes) -> Token | None:
         return self._tokens.get(self._ids.get(digest, 0))
 
-    def page(self, after: int, size: int) -> list[tuple[Token, bytes]]:
+    def page(self, after: int, size: int) -> list[Token]:
         there = (i for i in range(after + 1, self._last_id + 1) if i in self._tokens)
-        return [(self._tokens[i], self._digests[i]) for i in islice(there, size)]
+        return [self._tokens[i] for i in islice(there, size)]
+
+    def records(self, after: int, size: int) -> list[TokenRecord]:
+        return [self._record(token, id_of(token)) for token in self.page(after, size)]
+
+    def _record(self, token: Token, token_id: int) -> TokenRecord:
+        return TokenRecord(
+            token=token,
+            digest=self._digests[token_id],
+            model_usage=self.model_usage(token_id),
+            days=tuple(self.usage_by_day(token_id, date.min, date.max)),
+        )
 
     def operation(self, operation_id: str) -> Operation | None:
         return self._operations.get(operation_id)
@@ -85,23 +96,15 @@ class Content:
         )
         return sum(1 for operation in released if operation.is_finished(before, lapsed_before))
 
-    def model_usage(self, first_id: int, last_id: int) -> list[tuple[int, str, int]]:
-        return [(i, *used) for i in self._between(self._models, first_id, last_id) for used in self._models[i].items()]
+    def model_usage(self, token_id: int) -> dict[str, int]:
+        return dict(self._models.get(token_id, {}))
 
-    def usage_by_day(self, first_id: int, last_id: int, first_day: date, last_day: date) -> list[tuple[int, DayUsage]]:
-        return [
-            (i, usage)
-            for i in self._between(self._days, first_id, last_id)
-            for (day, _), usage in sorted(self._days[i].items())
-            if first_day <= day <= last_day
-        ]
+    def usage_by_day(self, token_id: int, first_day: date, last_day: date) -> list[DayUsage]:
+        days = sorted(self._days.get(token_id, {}).items())
+        return [usage for (day, _), usage in days if first_day <= day <= last_day]
 
     def taken(self, digests: Sequence[bytes]) -> set[bytes]:
         return {digest for digest in digests if digest in self._ids or digest in self._retired}
-
-    @staticmethod
-    def _between(mapping: dict[int, Any], first_id: int, last_id: int) -> list[int]:
-        return sorted(token_id for token_id in mapping if first_id <= token_id <= last_id)
 
     def _all_holding(self) -> Iterator[Operation]:
         return (self._operations[i] for holding in self._holding.values() for i in holding)

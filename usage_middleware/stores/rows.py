@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from ..errors import DamagedToken
 from ..operations import Operation
-from ..tokens import BOOLEAN_FIELDS, Token, encode_model_limits
+from ..tokens import BOOLEAN_FIELDS, Token, TokenRecord, encode_model_limits, id_of
 from ..usage import DayUsage
 
 #: The columns of a token after its ``id``, which the database assigns.
@@ -29,6 +29,34 @@ _OPERATION_ROW: Final = ("number", *OPERATION_COLUMNS)
 _BOOLEANS: Final = [_TOKEN_ROW.index(name) for name in BOOLEAN_FIELDS]
 _MODEL_LIMITS: Final = _TOKEN_ROW.index("model_limits")
 _SET_FIELDS: Final = [getattr(Token, name).__set__ for name in _TOKEN_ROW]
+
+
+def records_of(
+    page: Sequence[tuple[Token, bytes]],
+    model_usage: Iterable[Sequence[Any]],
+    days: Iterable[tuple[int, DayUsage]],
+) -> list[TokenRecord]:
+    """Return the records of tokens.
+
+    :param page: each token with its digest.
+    :param model_usage: a token id, a model, and the units that it has used, for each model of these tokens.
+    :param days: a token id and its usage, for each day and model of these tokens, by day and then model.
+    """
+    models_of: dict[int, dict[str, int]] = {}
+    for token_id, model, used in model_usage:
+        models_of.setdefault(token_id, {})[model] = used
+    days_of: dict[int, list[DayUsage]] = {}
+    for token_id, usage in days:
+        days_of.setdefault(token_id, []).append(usage)
+    return [
+        TokenRecord(
+            token=token,
+            digest=digest,
+            model_usage=models_of.get(id_of(token), {}),
+            days=tuple(days_of.get(id_of(token), ())),
+        )
+        for token, digest in page
+    ]
 
 
 def token_of(row: Sequence[Any]) -> Token:

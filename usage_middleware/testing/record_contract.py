@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, timezone
 from typing import Any
 
@@ -267,6 +269,24 @@ class RecordContract(QuotaStoreFixtures):
         moved = store.get("moved-key")
         # The reservation is not moved, so nothing can release it.
         assert moved == dataclasses.replace(record.token, id=token_id, held=0)
+
+    def test_the_figures_of_a_record_agree_while_it_is_charged(self, store: QuotaStore) -> None:
+        key, _ = store.create(total_available=MAX_INTEGER)
+        is_read = threading.Event()
+
+        def charge() -> None:
+            while not is_read.is_set():
+                store.charge(key, 1, model="m")
+
+        with ThreadPoolExecutor(1) as thread:
+            charging = thread.submit(charge)
+            try:
+                read = [next(iter(store.records())) for _ in range(50)]
+            finally:
+                is_read.set()
+            charging.result()
+        for record in read:
+            assert record.token.total_used == sum(record.model_usage.values()) == sum(day.used for day in record.days)
 
     def test_a_record_shows_no_digest(self, store: QuotaStore) -> None:
         store.create(key="shown-key")

@@ -20,6 +20,8 @@ from sqlite_files import content, needs_proc, sql, use_two_connections, watch_co
 
 from usage_middleware import SQLiteTokenStore, Token, UsageMiddleware
 from usage_middleware.keys import key_digest, strip_prefix
+from usage_middleware.stores.rows import token_of
+from usage_middleware.stores.sqlite import statements
 from usage_middleware.testing import QuotaStoreContract
 
 
@@ -262,3 +264,20 @@ def test_a_list_of_tokens_needs_the_same_memory_however_long_it_is(path, store):
     long, much = peak()
     assert (short, long) == (3000, 15_000)
     assert much < 1.5 * little
+
+
+def test_a_record_is_of_one_moment(path, monkeypatch):
+    with SQLiteTokenStore(path) as store, SQLiteTokenStore(path) as other:
+        key, _ = create(store, total_available=100)
+        charges = iter([7])
+
+        def charge_meanwhile(row):
+            for units in charges:
+                other.charge(key, units, model="m")
+            return token_of(row)
+
+        monkeypatch.setattr(statements, "token_of", charge_meanwhile)
+        (record,) = store.records()
+        assert (record.token.total_used, record.model_usage, record.days) == (0, {}, ())
+        (record,) = store.records()
+        assert record.token.total_used == sum(day.used for day in record.days) == record.model_usage["m"] == 7

@@ -136,13 +136,33 @@ class Database:
         """
         return self._run(lambda attempt: self._look(attempt, work))
 
+    def look_at_one_moment(self, work: Callable[[Connection], _Result]) -> _Result:
+        """Return what ``work`` returns, as :meth:`look` does. All that it reads is of one moment.
+
+        :raises StoreError: the database failed.
+        """
+
+        def read(session: Session) -> _Result:
+            session.begin_reading()
+            result = work(session.connection)
+            session.roll_back()
+            return result
+
+        return self._run(lambda attempt: self._read(attempt, read))
+
     def _look(self, attempt: Attempt, work: Callable[[Connection], _Result]) -> _Result:
+        def read(session: Session) -> _Result:
+            session.read()
+            return work(session.connection)
+
+        return self._read(attempt, read)
+
+    def _read(self, attempt: Attempt, work: Callable[[Session], _Result]) -> _Result:
         connection = self._engine.connect()
         attempt.stage = Stage.WORKING
         try:
             session = self._session(connection, attempt, self.timeout)
-            session.read()
-            result = work(connection)
+            result = work(session)
         except BaseException as error:
             self._note_loss(attempt, error, connection)
             _discard(connection)

@@ -27,6 +27,7 @@ _DRIVERS: Final = {
 
 _TIMEOUT: Final = "timeout"
 _READ_COMMITTED: Final = "ISOLATION LEVEL READ COMMITTED"
+_REPEATABLE_READ: Final = "ISOLATION LEVEL REPEATABLE READ"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,8 @@ class Manners:
     #: The statements that begin a transaction that changes tables. MySQL commits after each such change, and what
     #: follows must be in a transaction again.
     begin_preparing: tuple[str, ...] = ()
+    #: The statements that begin a transaction that reads all of one moment.
+    begin_reading: tuple[str, ...] = ()
     #: Whether COMMIT and ROLLBACK are sent as statements, because a driver in autocommit mode may not send them.
     is_explicit: bool = False
 
@@ -56,13 +59,21 @@ def manners(engine: Engine, *, is_own: bool) -> Manners:
     if engine.dialect.name in MYSQL:
         # For the next transaction alone. SQLAlchemy would change the session, and change it back for the pool.
         isolation = () if is_own else (f"SET TRANSACTION {_READ_COMMITTED}",)
-        return Manners(begin=(*isolation, "START TRANSACTION"), begin_preparing=("SET SESSION autocommit = 0",))
+        return Manners(
+            begin=(*isolation, "START TRANSACTION"),
+            begin_preparing=("SET SESSION autocommit = 0",),
+            begin_reading=(f"SET TRANSACTION {_REPEATABLE_READ}", "START TRANSACTION READ ONLY"),
+        )
     if engine.dialect.name not in POSTGRESQL:
         return Manners()
     # In autocommit mode, psycopg sends BEGIN together with what follows. By itself it waits for the answer.
     begin = (f"BEGIN {_READ_COMMITTED}",)
     return Manners(
-        isolation_level=None if is_own else "AUTOCOMMIT", begin=begin, begin_preparing=begin, is_explicit=True
+        isolation_level=None if is_own else "AUTOCOMMIT",
+        begin=begin,
+        begin_preparing=begin,
+        begin_reading=(f"BEGIN {_REPEATABLE_READ} READ ONLY",),
+        is_explicit=True,
     )
 
 

@@ -52,8 +52,15 @@ class Session:
 
     def begin_preparing(self) -> None:
         """Begin a transaction that changes tables through :attr:`connection`."""
+        self._begin_at_once(self._manners.begin_preparing)
+
+    def begin_reading(self) -> None:
+        """Begin a transaction that reads all of one moment through :attr:`connection`."""
+        self._begin_at_once(self._manners.begin_reading)
+
+    def _begin_at_once(self, statements: tuple[str, ...]) -> None:
         self._isolate()
-        self._begin = self._manners.begin_preparing
+        self._begin = statements
         self._send_begin()
         self._renew_deadline()
 

@@ -7,16 +7,16 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import date
 from typing import Any, TypeVar
 
-from sqlalchemy import URL, Engine, Executable
+from sqlalchemy import URL, Connection, Engine, Executable
 
 from ...errors import StoreError
 from ...operations import Kind, Operation
-from ...tokens import Token
+from ...tokens import Token, TokenRecord
 from ...usage import DayUsage
 from ..base import QuotaStore
 from ..findings import Finding
 from ..migrations import TablesState, WrongTables
-from ..rows import operation_of, token_of
+from ..rows import operation_of, records_of, token_of
 from ..transaction import Transaction
 from . import sql_migrations, sql_statements
 from .database import DEFAULT_TIMEOUT, Database
@@ -74,9 +74,12 @@ class SQLAlchemyTokenStore(QuotaStore):
         rows = self._read(sql_statements.TOKEN_BY_ID, token_id=token_id)
         return token_of(rows[0]) if rows else None
 
-    def _page(self, after: int, size: int) -> Sequence[tuple[Token, bytes]]:
-        rows = self._read(sql_statements.PAGE, after=after, size=size)
-        return [(token_of(row), bytes(row.digest)) for row in rows]
+    def _page(self, after: int, size: int) -> Sequence[Token]:
+        return [token_of(row) for row in self._read(sql_statements.PAGE, after=after, size=size)]
+
+    def _records(self, after: int, size: int) -> Sequence[TokenRecord]:
+        self._prepare()
+        return self._database.look_at_one_moment(lambda connection: _records(connection, after, size))
 
     def _operation(self, operation_id: str) -> Operation | None:
         return next(iter(self._operations(sql_statements.OPERATION, operation_id=operation_id)), None)
@@ -105,15 +108,13 @@ class SQLAlchemyTokenStore(QuotaStore):
     def _count_finished(self, before: float, lapsed_before: float) -> int:
         return int(self._read(sql_statements.COUNT_FINISHED, before=before, lapsed_before=lapsed_before)[0][0])
 
-    def _model_usage(self, first_id: int, last_id: int) -> Sequence[tuple[int, str, int]]:
-        rows = self._read(sql_statements.MODEL_USAGE, first=first_id, last=last_id)
-        return [(row.token_id, row.model, row.used) for row in rows]
+    def _model_usage(self, token_id: int) -> dict[str, int]:
+        rows = self._read(sql_statements.MODEL_USAGE, first=token_id, last=token_id)
+        return {model: used for _, model, used in rows}
 
-    def _usage_by_day(
-        self, first_id: int, last_id: int, first_day: date, last_day: date
-    ) -> Sequence[tuple[int, DayUsage]]:
-        place = {"first": first_id, "last": last_id, "first_day": first_day, "last_day": last_day}
-        return [(token_id, DayUsage(*usage)) for token_id, *usage in self._read(sql_statements.USAGE_BY_DAY, **place)]
+    def _usage_by_day(self, token_id: int, first_day: date, last_day: date) -> Sequence[DayUsage]:
+        place = {"first": token_id, "last": token_id, "first_day": first_day, "last_day": last_day}
+        return [DayUsage(*usage) for _, *usage in self._read(sql_statements.USAGE_BY_DAY, **place)]
 
     def taken(self, digests: Sequence[bytes]) -> set[bytes]:
         return {
@@ -165,3 +166,17 @@ class SQLAlchemyTokenStore(QuotaStore):
                 except WrongTables as error:
                     raise StoreError(f"{self._database.name} {error}") from None
             self._is_prepared = True
+
+
+def _records(connection: Connection, after: int, size: int) -> list[TokenRecord]:
+    rows = connection.execute(sql_statements.PAGE, {"after": after, "size": size}).all()
+    page = [(token_of(row), bytes(row.digest)) for row in rows]
+    if not page:
+        return []
+    ids = {"first": page[0][0].id, "last": page[-1][0].id}
+    days = connection.execute(sql_statements.USAGE_BY_DAY, {**ids, "first_day": date.min, "last_day": date.max})
+    return records_of(
+        page,
+        connection.execute(sql_statements.MODEL_USAGE, ids).all(),
+        ((token_id, DayUsage(*usage)) for token_id, *usage in days.all()),
+    )

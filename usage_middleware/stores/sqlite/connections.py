@@ -89,6 +89,15 @@ class Connections:
 
     def read(self, sql: str, parameters: Sequence[Any]) -> list[Any]:
         """Return all rows of a query. No cursor stays open, which would keep SQLite from checkpointing."""
+        rows: list[Any] = self._read(sql, parameters, None)
+        return rows
+
+    def look_at_one_moment(self, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
+        """Return what ``work`` returns. It only reads, all of one moment, and may be called again."""
+        result: _Result = self._read("", (), work)
+        return result
+
+    def _read(self, sql: str, parameters: Sequence[Any], work: Callable[[sqlite3.Connection], Any] | None) -> Any:
         pool = self._pools.get()
         box: Box = []
         since = 0.0
@@ -96,10 +105,13 @@ class Connections:
             while True:
                 try:
                     self._lend(pool, box)
-                    rows = box[0].connection.execute(sql, parameters).fetchall()
+                    connection = box[0].connection
+                    result = (
+                        _at_one_moment(connection, work) if work else connection.execute(sql, parameters).fetchall()
+                    )
                     if box[0].frozen is None or not reading.has_changed(box[0]):
                         pool.take_back(box)
-                        return rows
+                        return result
                     close_all(box)
                 except sqlite3.Error as error:
                     is_transient = self._is_transient(error, box)
@@ -308,3 +320,11 @@ class Connections:
         pool = self._pools.peek()
         intent: sqlite_errors.Intent = "write" if pool is not None and pool.existed else "make"
         return sqlite_errors.explained(self._path, error, "read" if self._read_only else intent)
+
+
+def _at_one_moment(connection: sqlite3.Connection, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
+    # Within a transaction, SQLite reads one state of the database (sqlite.org/isolation.html).
+    connection.execute("BEGIN")
+    result = work(connection)
+    connection.execute("COMMIT")
+    return result

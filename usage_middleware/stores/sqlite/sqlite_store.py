@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 
 from ...errors import StoreError
 from ...operations import Kind, Operation
-from ...tokens import Token
+from ...tokens import Token, TokenRecord
 from ...usage import DayUsage
 from ..base import QuotaStore
 from ..findings import Finding
@@ -90,8 +90,11 @@ class SQLiteTokenStore(QuotaStore):
         rows = self._connections.read(statements.TOKEN_BY_ID, (token_id,))
         return token_of(rows[0]) if rows else None
 
-    def _page(self, after: int, size: int) -> Sequence[tuple[Token, bytes]]:
-        return [(token_of(row), row[-1]) for row in self._connections.read(statements.PAGE, (after, size))]
+    def _page(self, after: int, size: int) -> Sequence[Token]:
+        return [token_of(row) for row in self._connections.read(statements.PAGE, (after, size))]
+
+    def _records(self, after: int, size: int) -> Sequence[TokenRecord]:
+        return self._connections.look_at_one_moment(lambda connection: statements.records(connection, after, size))
 
     def _operation(self, operation_id: str) -> Operation | None:
         return next(iter(self._operations(statements.OPERATION, operation_id)), None)
@@ -121,21 +124,14 @@ class SQLiteTokenStore(QuotaStore):
         ((count,),) = self._connections.read(statements.COUNT_FINISHED, (before, lapsed_before))
         return int(count)
 
-    def _model_usage(self, first_id: int, last_id: int) -> Sequence[tuple[int, str, int]]:
-        return self._connections.read(statements.MODEL_USAGE, (first_id, last_id))
+    def _model_usage(self, token_id: int) -> dict[str, int]:
+        return dict(self._connections.read(statements.MODEL_USAGE, (token_id,)))
 
-    def _usage_by_day(
-        self, first_id: int, last_id: int, first_day: date, last_day: date
-    ) -> Sequence[tuple[int, DayUsage]]:
-        days = first_day.isoformat(), last_day.isoformat()
-        rows = self._connections.read(statements.USAGE_BY_DAY, (first_id, last_id, *days))
-        return [(token_id, DayUsage(date.fromisoformat(day), *figures)) for token_id, day, *figures in rows]
-
-    def _usage_of_token(self, token_id: int, first_day: date, last_day: date) -> Sequence[DayUsage]:
+    def _usage_by_day(self, token_id: int, first_day: date, last_day: date) -> Sequence[DayUsage]:
         # With 50 models a day, a year has 18,300 rows. So each row is made in the cheapest way, and each date only
         # once.
         days = first_day.isoformat(), last_day.isoformat()
-        rows = self._connections.read(statements.USAGE_OF_TOKEN, (token_id, *days))
+        rows = self._connections.read(statements.USAGE_BY_DAY, (token_id, *days))
         parsed = {day: date.fromisoformat(day) for day in {row[0] for row in rows}}
         make = DayUsage._make
         return [make((parsed[day], m, used, requests, i, o)) for day, m, used, requests, i, o in rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from datetime import date
 from typing import Final
 
 from ...accounts import Account, Changes, Lookup
@@ -20,6 +21,7 @@ from ..rows import (
     changed_values,
     operation_of,
     operation_values,
+    records_of,
     token_of,
     token_values,
 )
@@ -81,7 +83,8 @@ COUNT_FINISHED: Final = (
     f"SELECT count(*) FROM operations WHERE ({_IS_SETTLED}) OR (final_amount IS NULL AND expires_at <= ?)"
 )
 
-MODEL_USAGE: Final = "SELECT token_id, model, used FROM model_usage WHERE token_id BETWEEN ? AND ?"
+MODEL_USAGE: Final = "SELECT model, used FROM model_usage WHERE token_id = ?"
+_MODEL_USAGES: Final = "SELECT token_id, model, used FROM model_usage WHERE token_id BETWEEN ? AND ?"
 _MODEL_USED: Final = "SELECT used FROM model_usage WHERE token_id = ? AND model = ?"
 _ADD_MODEL_USAGE: Final = (
     "INSERT INTO model_usage (token_id, model, used) VALUES (?, ?, ?)"
@@ -89,11 +92,11 @@ _ADD_MODEL_USAGE: Final = (
 )
 COUNT_REQUESTS: Final = "SELECT coalesce(sum(requests), 0) FROM usage_by_day WHERE token_id = ?"
 USAGE_BY_DAY: Final = (
-    f"SELECT token_id, {', '.join(DAY_COLUMNS)} FROM usage_by_day"
-    " WHERE token_id BETWEEN ? AND ? AND day BETWEEN ? AND ? ORDER BY token_id, day, model"
-)
-USAGE_OF_TOKEN: Final = (
     f"SELECT {', '.join(DAY_COLUMNS)} FROM usage_by_day WHERE token_id = ? AND day BETWEEN ? AND ? ORDER BY day, model"
+)
+_USAGES_BY_DAY: Final = (
+    f"SELECT token_id, {', '.join(DAY_COLUMNS)} FROM usage_by_day"
+    " WHERE token_id BETWEEN ? AND ? ORDER BY token_id, day, model"
 )
 # A sum that is not a 64-bit integer becomes a REAL, which the table refuses, and the charge would fail with it.
 _ADD_COUNTS: Final = ", ".join(
@@ -110,6 +113,19 @@ def log_of(kinds: Collection[Kind]) -> str:
     """Return the statement for a page of the operations of ``kinds``."""
     words = sorted(f"'{kind}'" for kind in kinds)
     return _LOG % (f"= {words[0]}" if len(words) == 1 else f"IN ({', '.join(words)})")
+
+
+def records(connection: sqlite3.Connection, after: int, size: int) -> list[TokenRecord]:
+    """Return a page of tokens with their usage. All is of one moment within one transaction."""
+    page = [(token_of(row), row[-1]) for row in connection.execute(PAGE, (after, size))]
+    if not page:
+        return []
+    ids = page[0][0].id, page[-1][0].id
+    days = (
+        (token_id, DayUsage(date.fromisoformat(day), *figures))
+        for token_id, day, *figures in connection.execute(_USAGES_BY_DAY, ids)
+    )
+    return records_of(page, connection.execute(_MODEL_USAGES, ids), days)
 
 
 class SQLiteTransaction:
