@@ -91,7 +91,7 @@ class Token:
         ):
             self._check_fields()
         # A copy, so that the token does not change with the mapping that it was made from.
-        object.__setattr__(self, "model_limits", _checked_limits(self.model_limits) if self.model_limits != {} else {})
+        object.__setattr__(self, "model_limits", _checked_limits(self.model_limits))
 
     def _check_fields(self) -> None:
         for name in _INTEGER_FIELDS:
@@ -156,7 +156,7 @@ def _check_text(name: str, value: object) -> None:
 
 
 def _checked_limits(limits: object) -> dict[str, int | bool]:
-    if type(limits) is not dict and not isinstance(limits, Mapping):  # dict first: an ABC takes longer to ask
+    if type(limits) is not dict and not isinstance(limits, Mapping):  # an ABC takes longer to ask
         raise TypeError(f"Token.model_limits must be a mapping of model names, got {limits!r}")
     if not limits:
         return {}

@@ -23,8 +23,9 @@ logger = logging.getLogger("usage_middleware")
 
 _Answer = TypeVar("_Answer")
 
-# RFC 9110 section 11.4: the scheme is case-insensitive, one or more spaces follow it.
-_BEARER: Final = re.compile(rf"(?i:bearer) +({KEY_PATTERN})")
+# RFC 9110 section 11.4: the scheme is case-insensitive, one or more spaces follow it. Optional white space around a
+# value (section 5.6.3) is not part of it.
+_BEARER: Final = re.compile(rf"[ \t]*(?i:bearer) +({KEY_PATTERN})[ \t]*")
 _KEY: Final = re.compile(KEY_PATTERN)
 _AUTHORIZATION: Final = "HTTP_AUTHORIZATION"
 #: The headers that :func:`llm_key` reads, as WSGI names them.
@@ -46,7 +47,7 @@ def bearer_key(environ: WSGIEnvironment) -> str | None:
     :param environ: the request's WSGI environment (Flask: ``request.environ``).
     :return: the key, or ``None`` if the header is absent, malformed, or of another scheme.
     """
-    match = _BEARER.fullmatch(_header(environ, _AUTHORIZATION))
+    match = _BEARER.fullmatch(environ.get(_AUTHORIZATION, ""))
     return (strip_prefix(match[1]) or None) if match else None
 
 
