@@ -24,9 +24,13 @@ def environment(**variables):
 
 
 def process_of(function, *arguments):
-    """Return the command to run a function of a test module in a new interpreter, where every warning is an error."""
-    program = f"import sys, {function.__module__} as module; module.{function.__name__}(*sys.argv[1:])"
-    return [sys.executable, "-X", "dev", "-W", "error", "-c", program, *map(str, arguments)]
+    """Return the command to run a function of a test module in a new interpreter, where every warning is an error.
+
+    It and what it forks end after half an hour of computing, also if the tests were killed.
+    """
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_CPU, (1800, 1800))"
+    call = f"import {function.__module__} as module; module.{function.__name__}(*sys.argv[1:])"
+    return [sys.executable, "-X", "dev", "-W", "error", "-c", f"{limit}; {call}", *map(str, arguments)]
 
 
 def in_a_process(function, *arguments, timeout=600):
