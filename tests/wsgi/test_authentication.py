@@ -93,9 +93,11 @@ def test_a_question_may_refuse_for_reasons_of_its_own():
     def reserve(key):
         raise Refused("used up", message="the quota is used up", retry_after=7)
 
-    refusal, seconds = refused(Authentication({}), request(f"Bearer {KEY}"), reserve)
+    refusals = [refused(Authentication({}), request(f"Bearer {KEY}"), reserve) for _ in range(50)]
+    refusal, _ = refusals[0]
     assert (refusal.kind, refusal.message, refusal.retry_after) == ("used up", "the quota is used up", 7)
-    assert seconds < HELD
+    # It is not held: the fastest of many does not depend on what else the machine does.
+    assert min(seconds for _, seconds in refusals) < HELD
 
 
 @pytest.mark.parametrize("key", ["unknown", "disabled"])
