@@ -1,21 +1,22 @@
-"""The contract of history: operations, and how they are pruned."""
+"""The contract of history: operations, the log of them, and how they are pruned."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
 
 from ..checks import MAX_INTEGER
 from ..errors import OperationNotFound
+from ..log import LogEntry, LogKind
 from ..operations import Operation
 from ..stores import history
 from ..stores.base import QuotaStore
 from ..stores.transaction import Transaction
-from .fixtures import NOW, Clock, Holder, QuotaStoreFixtures
+from .fixtures import NOW, TODAY, Clock, Holder, QuotaStoreFixtures
 
 
 class HistoryContract(QuotaStoreFixtures):
@@ -133,6 +134,65 @@ class HistoryContract(QuotaStoreFixtures):
         assert set(reservations) <= {*holder.operations, *other.operations}
         other.charge(1)  # releases lapsed reservations
         assert list(store.open_reservations()) == mine
+
+
+class LogContract(QuotaStoreFixtures):
+    """The log is what a holder sees of the history, and every request is counted."""
+
+    def test_the_log_has_charges_and_refunds(self, holder: Holder, clock: Clock) -> None:
+        store = holder.store
+        charge = holder.charged(10, model="a", input_tokens=3, output_tokens=4)
+        clock.to(0.75)
+        settled, is_open = holder.reserve(20), holder.reserve(30, model="b")
+        store.settle(settled, 25, input_tokens=5, output_tokens=6)
+        store.grant(holder.id, 50)
+        clock.to(1.5)
+        store.refund(charge, 4)
+        refund = holder.operations[-1]
+        Holder(store).charge(1)
+        second, entries = int(NOW), store.log(holder.id)
+        assert list(entries) == [
+            LogEntry("refund", second + 1, 4, "a", id=refund.id),
+            LogEntry("charge", second, 30, "b", id=is_open.id),
+            LogEntry("charge", second, 25, "", 5, 6, settled.id),
+            LogEntry("charge", second, 10, "a", 3, 4, charge.id),
+        ]
+        assert store.count_requests(holder.id) == 3
+
+    def test_any_part_of_the_log_can_be_read(self, holder: Holder, clock: Clock) -> None:
+        for number in range(12):
+            clock.to([0, 0.5, 1.25, 1][number % 4] + number // 4)  # a clock may be set back
+            made = holder.charged(number)
+            if number % 3 == 0:
+                holder.store.refund(made)
+        everything = list(holder.store.log(holder.id))
+        assert len(everything) == 16
+        bounds = [0, int(NOW), int(NOW) + 2, int(NOW) + 9, MAX_INTEGER]
+        kinds: list[list[LogKind]] = [["charge"], ["refund"], ["refund", "charge"], []]
+        for choice, since, until in product(kinds, bounds, bounds):
+            found = [entry for entry in everything if entry.kind in choice and since <= entry.created_at <= until]
+            for offset, size in ((0, 100), (0, 3), (2, 4), (len(found), 5), (MAX_INTEGER, 1)):
+                part = holder.store.log(holder.id, kinds=choice, since=since, until=until, offset=offset, size=size)
+                assert list(part) == found[offset : offset + size]
+
+    def test_a_request_counts_when_it_is_pruned_too(self, holder: Holder, clock: Clock) -> None:
+        holder.charge(1, idempotency_key="work")
+        holder.charge(1, idempotency_key="work")  # the same request
+        holder.reserve(1, expires_in=1)
+        clock.to(10)
+        assert holder.store.prune(NOW + 5) == 2
+        assert (list(holder.store.log(holder.id)), holder.store.count_requests(holder.id)) == ([], 2)
+        assert holder.store.today() == TODAY
+        clock.to(86_400)
+        holder.charge(1)
+        assert holder.store.count_requests(holder.id) == 3
+        assert holder.store.today() == holder.days[-1].day > TODAY
+
+    def test_a_token_that_is_not_there_has_no_log(self, holder: Holder) -> None:
+        holder.charge(1)
+        for token_id in (holder.id + 1, 0, -1, MAX_INTEGER + 1):
+            assert list(holder.store.log(token_id)) == []
+            assert holder.store.count_requests(token_id) == 0
 
 
 class PruneContract(QuotaStoreFixtures):

@@ -16,7 +16,7 @@ from .day_contract import DayContract
 from .field_contract import FieldContract
 from .fixtures import TODAY, Holder
 from .held_contract import HeldContract
-from .history_contract import HistoryContract, PruneContract
+from .history_contract import HistoryContract, LogContract, PruneContract
 from .key_contract import KeyContract
 from .lapse_contract import LapseContract
 from .record_contract import RecordContract
@@ -74,6 +74,7 @@ class QuotaStoreContract(
     HeldContract,
     TransactionContract,
     HistoryContract,
+    LogContract,
     PruneContract,
     RecordContract,
     FieldContract,
