@@ -187,7 +187,6 @@ class Database:
             session = self._session(connection, attempt, self.timeout)
             session.begin()
             result = work(session)
-            attempt.stage = Stage.COMMITTING
             session.commit()
         except UsageMiddlewareError:
             # A rule refused, between two statements.
@@ -218,7 +217,6 @@ class Database:
             session = self._session(connection, attempt, _PREPARING_SECONDS)
             session.begin_preparing()
             work(connection)
-            attempt.stage = Stage.COMMITTING
             session.commit()
         except self._failures.caught as error:
             self._note_loss(attempt, error, connection)
@@ -232,7 +230,7 @@ class Database:
             connection,
             self._manners,
             self._batches,
-            until=attempt.until,
+            attempt,
             patience=patience,
             is_own=self._is_own,
         )

@@ -9,7 +9,8 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Executable
 
-from .batches import Batches, Request, Rows
+from .attempts import Attempt, Stage
+from .batches import Batches, BeforeCommit, Request, Rows
 from .dialects import Manners
 from .pool import IN_USE, SET_DEADLINE
 from .timeouts import SetDeadline, deadline_setter
@@ -18,23 +19,33 @@ from .timeouts import SetDeadline, deadline_setter
 class Session:
     """A connection for as long as one call uses it.
 
-    :param until: the time (of :func:`time.monotonic`) at which the call stops waiting for its first answer.
-    :param patience: how many seconds it waits for each further one.
+    :param attempt: says how long to wait for the first answer.
+    :param patience: how many seconds to wait for each further one.
     """
 
     def __init__(
-        self, connection: Connection, manners: Manners, batches: Batches, *, until: float, patience: float, is_own: bool
+        self,
+        connection: Connection,
+        manners: Manners,
+        batches: Batches,
+        attempt: Attempt,
+        *,
+        patience: float,
+        is_own: bool,
     ) -> None:
         self.connection: Final = connection
         self._manners = manners
         self._batches = batches
+        self._attempt = attempt
+        # What has yet to be sent: how the transaction begins, and what it writes.
         self._begin: tuple[str, ...] = ()
+        self._writes: list[Request] = []
         self._patience = patience
         self._info = connection.info
         # If an exception arrives after this line, the mark stays and the connection is not used again.
         self._info[IN_USE] = True
         self._set_deadline: SetDeadline = deadline_setter(connection.connection.dbapi_connection, is_own=is_own)
-        self._set_deadline(until)
+        self._set_deadline(attempt.until)
 
     @property
     def dialect(self) -> str:
@@ -47,7 +58,7 @@ class Session:
 
     def begin(self) -> None:
         """Begin a transaction, with the first statement."""
-        self._isolate()
+        self.read()
         self._begin = self._manners.begin
 
     def begin_preparing(self) -> None:
@@ -59,22 +70,15 @@ class Session:
         self._begin_at_once(self._manners.begin_reading)
 
     def _begin_at_once(self, statements: tuple[str, ...]) -> None:
-        self._isolate()
+        self.read()
         self._begin = statements
         self._send_begin()
         self._renew_deadline()
 
-    def _isolate(self) -> None:
-        self.read()
-        # SQLAlchemy commits only what it knows to be begun, and it does not see what is sent in batches.
-        self.connection.begin()
-
     def execute(self, statement: Executable, parameters: Any = None) -> Any:
         """Execute one statement and return SQLAlchemy's result."""
-        self._send_begin()
-        result = self.connection.execute(statement, parameters)
-        self._renew_deadline()
-        return result
+        self._send_writes()
+        return self._execute(statement, parameters)
 
     def read_together(self, requests: Sequence[Request]) -> Sequence[Callable[[], Rows]]:
         """Return a function for each request that returns its rows.
@@ -82,21 +86,32 @@ class Session:
         They are read in one round trip if the driver can. If not, each is read when its function is called, so what is
         never asked for costs nothing.
         """
+        self._send_writes()
         if self._batches.can_send(self.connection):
             return [partial(_identity, rows) for rows in self._send(requests)]
         return [partial(self._rows, *request) for request in requests]
 
-    def write_together(self, requests: Sequence[Request]) -> None:
-        """Execute statements in their order, in one round trip if the driver can."""
-        if len(requests) > 1 and self._batches.can_send(self.connection):
-            self._send(requests)
-        else:
-            for statement, parameters in requests:
-                self.execute(statement, parameters)
+    def write(self, requests: Sequence[Request]) -> None:
+        """Execute statements in their order: before the next one, or with COMMIT."""
+        self._writes += requests
 
-    def _send(self, requests: Sequence[Request]) -> list[Rows]:
+    def _send_writes(self) -> None:
+        writes, self._writes = self._writes, []
+        if len(writes) > 1 and self._batches.can_send(self.connection):
+            self._send(writes)
+        else:
+            for statement, parameters in writes:
+                self._execute(statement, parameters)
+
+    def _execute(self, statement: Executable, parameters: Any) -> Any:
+        self._send_begin()
+        result = self.connection.execute(statement, parameters)
+        self._renew_deadline()
+        return result
+
+    def _send(self, requests: Sequence[Request], *, commit: bool = False) -> list[Rows]:
         begin, self._begin = self._begin, ()
-        answers = self._batches.send(self.connection, begin, requests)
+        answers = self._batches.send(self.connection, begin, requests, commit=commit)
         self._renew_deadline()
         return answers
 
@@ -113,8 +128,18 @@ class Session:
         self._set_deadline(time.monotonic() + self._patience)
 
     def commit(self) -> None:
-        """Send COMMIT and wait for its answer."""
-        self._end("COMMIT")
+        """Send what has yet to be written and COMMIT, together if the driver can, and wait for the answers."""
+        if self._writes and self._batches.can_send(self.connection):
+            self._attempt.stage = Stage.COMMITTING
+            try:
+                self._send(self._writes, commit=True)
+            except BeforeCommit as refused:
+                self._attempt.stage = Stage.WORKING
+                raise refused.error from None
+        else:
+            self._send_writes()
+            self._attempt.stage = Stage.COMMITTING
+            self._end("COMMIT")
 
     def roll_back(self) -> None:
         """Send ROLLBACK and wait for its answer."""
@@ -125,10 +150,11 @@ class Session:
             self._begin = ()  # Nothing was sent.
         elif self._manners.is_explicit:
             self.connection.exec_driver_sql(statement)
-        elif statement == "COMMIT":
-            self.connection.commit()
         else:
-            self.connection.rollback()
+            # SQLAlchemy ends only what it knows to be begun, and it does not see what is sent in batches.
+            transaction = self.connection if self.connection.in_transaction() else self.connection.connection
+            end = transaction.commit if statement == "COMMIT" else transaction.rollback
+            end()
 
     def give_back(self) -> None:
         """Return the connection to its pool. All answers have been read, and no transaction is open."""

@@ -87,7 +87,7 @@ class SQLTransaction:
                 place = {"of_operation": after.id, "lapses_at": _lapses_at(after)}
                 requests.append((sql.UPDATE_OPERATION, {**place, **values}))
         requests += self._usage([(token_id, changes.model_usage(), changes.days())])
-        self._session.write_together(requests)
+        self._session.write(requests)
 
     def _usage(self, usages: Iterable[tuple[int, Mapping[str, int], Iterable[DayUsage]]]) -> Iterator[Request]:
         add_model_usage, add_day = sql.ADD_MODEL_USAGE[self._dialect], sql.ADD_DAY[self._dialect]

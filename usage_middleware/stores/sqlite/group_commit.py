@@ -71,6 +71,7 @@ class WriteQueue:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        #: The turn that has the lock. If it is gone, the first entry of the list may release the lock.
         self.owner: tuple[weakref.ref[Turn], list[object]] | None = None
         self.waiting: deque[Unit] = deque()
 
