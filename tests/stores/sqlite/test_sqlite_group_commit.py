@@ -139,7 +139,7 @@ def test_a_transaction_takes_in_a_part_and_wakes_the_next(path, store, threads, 
     key, _ = create(store, total_available=A_LOT)
     with watched(store) as statements:
         charges = lead(store, lambda: [threads.submit(store.charge, key, 1) for _ in range(9)], 9)
-        assert {charge.result(30).total_used for charge in charges} == set(range(1, 10))
+        assert {charge.result(15).total_used for charge in charges} == set(range(1, 10))  # before the timeout
     transactions = "\n".join(statements).split("COMMIT")
     assert max(transaction.count("SAVEPOINT unit") for transaction in transactions) == most
 
@@ -191,6 +191,25 @@ def test_what_the_database_refuses_of_one_is_not_the_others_matter(path, store, 
         sabotaged.result(30)
     assert {first.result(30).total_used, last.result(30).total_used} == {1, 2}
     assert used_and_booked(path) == 2
+
+
+def test_a_failure_takes_nothing_from_the_one_that_commits(store, threads):
+    _, token = create(store, name="old")
+    started = []
+
+    def fail(connection):
+        raise ValueError("mine")
+
+    def work(connection):
+        connection.execute("UPDATE tokens SET name = 'new'")
+        if not started:
+            started.append(threads.submit(store._connections.transact, fail))
+            wait_for_waiting(store, 1)
+
+    store._connections.transact(work)
+    assert store.get_by_id(token.id).name == "new"
+    with pytest.raises(ValueError, match="mine"):
+        started[0].result(30)
 
 
 # --- Exceptions that arrive anywhere
@@ -370,6 +389,25 @@ def test_many_threads_and_another_process_lose_nothing(path, store, full):
     assert [store.get(key).total_used for key in keys] == [count] * 16
     assert store.get(shared).total_used == 4 * count
     assert used_and_booked(path) == 20 * count
+
+
+def test_no_work_is_done_twice(path, store):
+    """A charge would not be: its operation has an id. So this work has none."""
+    create(store)
+    sql(path, "CREATE TABLE counted (number INTEGER)", "INSERT INTO counted VALUES (0)")
+    calls = 16 * [50]
+
+    def count(connection):
+        connection.execute("UPDATE counted SET number = number + 1")
+        return connection.execute("SELECT number FROM counted").fetchone()
+
+    def call(times):
+        return [store._connections.transact(count)[0] for _ in range(times)]
+
+    with ThreadPoolExecutor(len(calls)) as threads:
+        numbers = [number for told in threads.map(call, calls) for number in told]
+    assert sorted(numbers) == list(range(1, sum(calls) + 1))
+    assert sql(path, "SELECT number FROM counted") == [(sum(calls),)]
 
 
 @needs_proc
