@@ -1,7 +1,7 @@
 """How many charges of one key a database server on a network can serve, and how many round trips a call takes.
 
-A charge holds the lock on its token's row for some round trips. So their duration limits the charges of one key,
-however fast the server is.
+A charge holds the lock on its token's row for a round trip, and on PostgreSQL also until its COMMIT is on the disk. So
+the duration of these limits the charges of one key, however fast the server is.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
@@ -144,7 +144,7 @@ def _away(port: int, round_trip: float) -> Iterator[int]:
         return
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe()
-    process = fork.Process(target=_forward, args=(port, round_trip / 2, theirs))
+    process = fork.Process(target=_forward, args=(port, round_trip / 2, ours, theirs))
     process.start()
     try:
         yield ours.recv()
@@ -153,10 +153,11 @@ def _away(port: int, round_trip: float) -> Iterator[int]:
         process.join()
 
 
-def _forward(port: int, delay: float, told: Connection) -> None:
+def _forward(port: int, delay: float, parent: Connection, told: Connection) -> None:
     from proxies import Proxy
 
-    with closing(Proxy(port, delay=delay)) as proxy:
+    parent.close()  # so that this process notices if its parent ends
+    with closing(Proxy(port, delay=delay)) as proxy, suppress(EOFError):
         told.send(proxy.port)
         told.recv()
 
