@@ -212,10 +212,11 @@ def test_a_lock_that_another_has(database):
 
 def test_what_takes_long_but_answers(database):
     """The timeout is for each answer, not for all of a call: a restore may take its time."""
-    with closing(Proxy(database.server.port, delay=0.06)) as proxy:
+    with closing(Proxy(database.server.port)) as proxy:
         url = make_url(database.url).set(port=proxy.port)
         with SQLAlchemyTokenStore(url, timeout=TIMEOUT) as store:
             keys = [store.create(total_available=5)[0]]
+            proxy.delay = 0.06
             begun = time.monotonic()
 
             def slow(transaction):

@@ -24,7 +24,7 @@ class Proxy:
 
     def __init__(self, port, *, delay=0.0):
         self._port = port
-        self._delay = delay
+        self.delay = delay
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port = self._listening.getsockname()[1]
         self.round_trips = 0
@@ -96,7 +96,7 @@ class Proxy:
                     if not is_request or not forwarded:
                         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                     return
-                on_the_way.append((time.perf_counter() + self._delay, target, chunk))
+                on_the_way.append((time.perf_counter() + self.delay, target, chunk))
             while on_the_way and on_the_way[0][0] <= time.perf_counter():
                 _, target, chunk = on_the_way.popleft()
                 target.sendall(chunk)
