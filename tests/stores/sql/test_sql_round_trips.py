@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import closing, contextmanager
 
 import pytest
 from proxies import Proxy
 from sqlalchemy import create_engine, make_url
 
-from usage_middleware import QuotaExceeded, SQLAlchemyTokenStore
+from usage_middleware import Changes, Lookup, QuotaExceeded, SQLAlchemyTokenStore
 
 pytestmark = [pytest.mark.servers]
 
@@ -91,3 +92,17 @@ def test_a_transaction_that_changes_nothing_is_not_begun(database):
     with counted(database) as (store, proxy, _, _):
         taken = round_trips(proxy, lambda: store._transact(lambda _: None))
     assert taken <= 1
+
+
+def test_what_a_transaction_has_written_is_what_it_reads(database):
+    """What is written waits for the next statement, or for COMMIT."""
+
+    def work(transaction):
+        place = Lookup(token_id=token.id, now=0.0, most_lapsed=1)
+        before = transaction.load(place).token
+        transaction.save(Changes(before=before, token=dataclasses.replace(before, name="new")))
+        return transaction.load(place).token.name
+
+    with counted(database) as (store, _, _, token):
+        assert store._transact(work) == "new"
+        assert store.get_by_id(token.id).name == "new"
