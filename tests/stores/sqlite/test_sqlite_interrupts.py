@@ -25,6 +25,8 @@ from interrupts import Interrupt, interrupted_at
 from processes import in_a_process
 
 from usage_middleware import QuotaExceeded, SQLiteTokenStore, StoreError, TokenNotFound, forks
+from usage_middleware.stores.sqlite import group_commit
+from usage_middleware.stores.sqlite.group_commit import Turn, Unit
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +54,7 @@ class Ledger:
 
     def check_nothing_is_left(self, store):
         pool = store._connections._pools.get()
-        assert not pool.queue.lock.locked()
+        assert not pool.queue.writing
         # Not even one that is closed and counts as open.
         assert forks._held.get(os.getpid(), set()) <= {*_references(pool), *_references(self.pool)}
         self.other.execute("BEGIN IMMEDIATE")
@@ -272,14 +274,42 @@ def test_a_turn_whose_owner_died_is_taken(tmp_path, monkeypatch):
     monkeypatch.setattr("usage_middleware.stores.sqlite.group_commit._LOOK_INTERVAL", 0.01)
     with SQLiteTokenStore(tmp_path / "tokens.db", timeout=5) as store:
         key, _ = create(store)
-        from usage_middleware.stores.sqlite.group_commit import Turn, Unit
-
         turn = Turn(store._connections._pools.get().queue, Unit(None))
         assert turn.take(0)
         with pytest.raises(StoreError, match="locked"):
             SQLiteTokenStore.charge(_impatient(store), key, 1)
         del turn
         assert store.charge(key, 1).total_used == 1
+
+
+def interrupt_turns_without_an_end(path, stride):
+    sys.unraisablehook = ignore_interrupts_of_finalizers
+    group_commit._LOOK_INTERVAL = 0.001
+    end = Turn.end
+    is_first = []
+
+    def never_end(turn):
+        is_first.append(sys.exc_info()[1] is None)
+        raise Interrupt
+
+    number = used = 0
+    with SQLiteTokenStore(path, timeout=5, synchronous="OFF") as store:
+        key, _ = create(store, total_available=10**12)
+        while True not in is_first:  # until the end is reached before the step
+            is_first.clear()
+            number += int(stride)
+            Turn.end = never_end
+            interrupted_at(number, lambda: store.charge(key, 1), lambda: None)
+            Turn.end = end
+            before, used = used, store.charge(key, 1).total_used
+            assert used - before in (1, 2)
+            assert not store._connections._pools.get().queue.writing
+    print(number)
+
+
+def test_a_turn_that_ends_nowhere_is_taken_wherever_it_was(tmp_path, full):
+    """As after so many exceptions that each end of it is interrupted at its first step."""
+    assert int(in_a_process(interrupt_turns_without_an_end, tmp_path / "tokens.db", 1 if full else 3)) > 500
 
 
 def _impatient(store):

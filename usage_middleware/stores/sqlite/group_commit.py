@@ -5,8 +5,13 @@ runs the work of the waiting calls too, each in a savepoint of its own, and comm
 its own result or error.
 
 This stays exact wherever an exception arrives. The first entry of a unit's ``claims`` decides which call or transaction
-may run it. The list ``committed``, which all units of a transaction share, decides whether they were committed. C
-functions add to both lists, so no exception can arrive between a step and its record.
+may run it. The list ``committed``, which all units of a transaction share, decides whether they were committed. The
+first entry of ``writing`` decides which turn has the lock. C functions add to these lists, so no exception can arrive
+between a step and its record.
+
+A ``threading.Lock`` would not do: while it is locked, it does not tell whether its owner still exists. Turns are in
+lists by weak references. If several exceptions at once keep a turn from its end, the turn is freed, and any other turn
+that finds its reference dead removes it.
 """
 
 from __future__ import annotations
@@ -17,10 +22,8 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from itertools import starmap
 from typing import Any, Final
 
 from ...errors import QuotaError, UsageMiddlewareError
@@ -51,8 +54,8 @@ class Unit:
 
     def __init__(self, work: Callable[[sqlite3.Connection], Any]) -> None:
         self.work = work
-        #: The first entry may run it. Each entry is a list that stands for its owner: ``Turn._acquired`` for the call
-        #: itself, which may also have given up, or ``committed`` for a transaction.
+        #: The first entry may run it. Each entry stands for its owner: ``Turn.reference`` for the call itself, which
+        #: may also have given up, or ``committed`` for a transaction.
         self.claims: list[object] = []
         #: The list of the transaction in which it was run. It is not empty once that transaction is committed.
         self.committed: Sequence[object] = ()
@@ -65,15 +68,28 @@ class Unit:
 
 
 class WriteQueue:
-    """The write lock of a process, and the units of the calls that wait for it."""
+    """The write lock of a process, and the calls that wait for it."""
 
-    __slots__ = ("lock", "owner", "waiting")
+    __slots__ = ("waiting", "writing")
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        #: The turn that has the lock. If it is gone, the first entry of the list may release the lock.
-        self.owner: tuple[weakref.ref[Turn], list[object]] | None = None
-        self.waiting: deque[Unit] = deque()
+        #: The first turn has the lock. Any other has only asked for it, and is about to leave the list again.
+        self.writing: list[weakref.ref[Turn]] = []
+        self.waiting: list[weakref.ref[Turn]] = []
+
+    def acquire(self, turn: weakref.ref[Turn]) -> bool:
+        """Return whether the turn has the lock. Do not wait for it."""
+        while True:
+            self.writing.append(turn)
+            first = self.writing[0]
+            if first is turn:
+                return True
+            _remove(self.writing, turn)
+            if first() is None:
+                _remove(self.writing, first)
+            elif self.writing:
+                return False
+            # Otherwise the lock has become free meanwhile. Its last owner may not have seen this turn wait.
 
     def do_others(self, turn: Turn, committed: list[object]) -> None:
         """Run the waiting units in the transaction of the turn that has the lock.
@@ -81,7 +97,7 @@ class WriteQueue:
         :raises Disturbed, sqlite3.Error: the transaction cannot be committed.
         """
         deadline = time.monotonic() + _LONGEST
-        for unit in list(self.waiting):
+        for unit in self._waiting_units():
             if len(turn.others) == _MOST_TOGETHER or time.monotonic() > deadline:
                 return
             if not unit.claims:
@@ -92,24 +108,29 @@ class WriteQueue:
                     unit.committed = committed
 
     def leave(self, turn: Turn) -> None:
-        """Wake up the calls whose units a turn has run, and the next one."""
+        """Release the lock if the turn has it. Wake up the calls whose units it has run, and the next one."""
+        while turn.reference in self.writing:
+            _remove(self.writing, turn.reference)
         if self.waiting:
-            with suppress(ValueError):
-                self.waiting.remove(turn.unit)
-            # This comes after the release of the lock: a thread adds its unit before it tries the lock for the last
+            _remove(self.waiting, turn.reference)
+            # This comes after the release of the lock: a thread adds its turn before it tries the lock for the last
             # time, so one that found the lock taken is in the queue.
-            following = [unit for unit in list(self.waiting) if not unit.committed]
+            following = [unit for unit in self._waiting_units() if not unit.committed]
             for unit in turn.others + following[:1]:
                 unit.wake_up()
 
-    def free_if_abandoned(self) -> None:
-        """Release the lock if its owner was freed without doing so, which takes several exceptions at once."""
-        owner = self.owner
-        if owner is not None and owner[0]() is None:
-            heir = object()
-            owner[1].append(heir)
-            if owner[1][0] is heir:
-                self.lock.release()
+    def _waiting_units(self) -> Iterator[Unit]:
+        for reference in list(self.waiting):
+            turn = reference()
+            if turn is None:
+                _remove(self.waiting, reference)
+            else:
+                yield turn.unit
+
+
+def _remove(references: list[weakref.ref[Turn]], reference: weakref.ref[Turn]) -> None:
+    with suppress(ValueError):  # another thread has removed it
+        references.remove(reference)
 
 
 def _do(unit: Unit, connection: sqlite3.Connection) -> None:
@@ -133,7 +154,7 @@ class Turn:
     finishes it. Ending twice is allowed.
     """
 
-    __slots__ = ("__weakref__", "_acquired", "_process", "_queue", "_released", "box", "others", "unit")
+    __slots__ = ("__weakref__", "_process", "_queue", "box", "others", "reference", "unit")
 
     def __init__(self, queue: WriteQueue, unit: Unit) -> None:
         self.box: Box = []
@@ -142,10 +163,7 @@ class Turn:
         self.others: list[Unit] = []
         self._queue = queue
         self._process = os.getpid()
-        # What acquire() and release() returned. A C function calls them and stores the result, so no exception can
-        # arrive between taking the lock and recording it.
-        self._acquired: list[bool] = []
-        self._released: list[object] = []  # gevent's release() returns a number
+        self.reference: Final = weakref.ref(self)
 
     def __enter__(self) -> Turn:
         return self
@@ -162,7 +180,7 @@ class Turn:
             return True
         self.unit.wake = threading.Lock()
         self.unit.wake.acquire()
-        self._queue.waiting.append(self.unit)
+        self._queue.waiting.append(self.reference)
         deadline = time.monotonic() + timeout
         while not self.unit.committed and not self._acquire():
             left = deadline - time.monotonic()
@@ -175,31 +193,26 @@ class Turn:
 
     def end(self) -> None:
         """Close the connection if it was not returned, which rolls back its transaction, and release the lock."""
-        if not self._give_up() and self._acquired[-1:] == [False]:
+        if not self._give_up() and self._queue.writing[:1] != [self.reference]:
             # Another thread runs the unit or has run it. Wait until it is known whether it was committed.
             while not self.unit.committed and not self._acquire():
                 self._wait(math.inf)
         close_all(self.box)
-        if self._acquired[-1:] == [True] and not self._released:
-            self._queue.owner = None
-            self._released.extend(starmap(self._queue.lock.release, ((),)))
         self._queue.leave(self)
 
     def _wait(self, seconds: float) -> None:
         if self._process != os.getpid():
             raise NoTurn  # the thread that runs it exists only in the parent
         self.unit.wake.acquire(True, min(seconds, _LOOK_INTERVAL))
-        self._queue.free_if_abandoned()
 
     def _acquire(self) -> bool:
-        self._acquired.extend(map(self._queue.lock.acquire, (False,)))
-        if self._acquired[-1]:
-            self._queue.owner = weakref.ref(self), []
-            # A transaction that has claimed the unit has ended by now. If it has not committed the unit, it never will.
-            self.unit.claims.append(self._acquired)
-        return self._acquired[-1]
+        if not self._queue.acquire(self.reference):
+            return False
+        # A transaction that has claimed the unit has ended by now. If it has not committed the unit, it never will.
+        self.unit.claims.append(self.reference)
+        return True
 
     def _give_up(self) -> bool:
         """Claim the unit. Return whether no other thread will run it."""
-        self.unit.claims.append(self._acquired)
-        return self.unit.claims[0] is self._acquired
+        self.unit.claims.append(self.reference)
+        return self.unit.claims[0] is self.reference
