@@ -1,5 +1,7 @@
 """SQLite databases that are only read."""
 
+import os
+
 import pytest
 from holders import create, status
 from sqlite_files import make_database, permissions, sql, untouched
@@ -66,3 +68,15 @@ def test_a_write_protected_file_is_not_written(folder):
             store.create()
         assert str(path) in str(caught.value)
     assert path.read_bytes() == before
+
+
+def test_a_change_is_seen_though_the_time_of_the_file_is_that_of_the_last_one(path):
+    """Kernels give files the time of the last tick of their clock, so programs may write several times in one."""
+    with SQLiteTokenStore(path) as store:
+        key, _ = create(store, name="0")
+    with SQLiteTokenStore(path, read_only=True) as reader:
+        for number in range(1, 11):
+            sql(path, "PRAGMA synchronous = OFF", f"UPDATE tokens SET name = '{number}'")
+            tick = os.stat(path).st_mtime_ns // 10**7 * 10**7 + 1
+            os.utime(path, ns=(tick, tick))
+            assert reader.get(key).name == str(number)

@@ -25,6 +25,10 @@ _TIMEOUT: Final = 5.0  # seconds within which a writer should have finished its 
 # The most seconds for which a program that opens or closes a database has a log without its index.
 _TRANSITION: Final = 1.0
 _PAUSE: Final = 0.001  # seconds between two attempts
+# The most seconds between two times that a kernel gives to files: a tick of its clock (Linux before 6.13). A file
+# system may have coarser ones: some only whole seconds, FAT two of them.
+_TICK: Final = 0.02
+_COARSE_TICK: Final = 2.0
 
 # Options of an SQLite URI (sqlite.org/uri.html).
 _LIVE: Final = "mode=ro"
@@ -50,6 +54,7 @@ def open_reader(box: Box, path: str, *, timeout: float = 0.0, epoch: object = No
     while True:
         frozen = _frozen_state(file)
         if frozen is not None:
+            _wait_until_old(frozen)
             return open_handle(box, file, _FROZEN, timeout=timeout, epoch=epoch, frozen=frozen)
         if not is_wal(file):
             return open_handle(box, file, _LIVE, timeout=timeout, epoch=epoch)
@@ -142,7 +147,7 @@ def _decode(text: bytes) -> str:
     return text.decode("utf-8", "surrogateescape")
 
 
-def _frozen_state(path: str) -> object:
+def _frozen_state(path: str) -> tuple[int, int, int, int] | None:
     """Return a value that changes when the database is written, or ``None`` if a reader needs locks.
 
     A reader needs no locks if the database is in WAL mode and no program has it open. A program that writes has a log
@@ -152,6 +157,15 @@ def _frozen_state(path: str) -> object:
     if os.path.exists(f"{path}-wal") or not is_wal(path):
         return None
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _wait_until_old(frozen: tuple[int, int, int, int]) -> None:
+    """Wait until a file that is changed now would get another time than the one it has."""
+    changed = frozen[-1] / 1e9
+    age = time.time() - changed
+    tick = _COARSE_TICK if changed.is_integer() else _TICK
+    if 0 <= age < tick:
+        time.sleep(tick - age)
 
 
 def columns(path: str, table: str) -> set[str]:
