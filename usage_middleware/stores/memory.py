@@ -9,6 +9,7 @@ from datetime import date
 from typing import TypeVar
 
 from ..errors import StoreError
+from ..forks import PerProcess
 from ..operations import Operation
 from ..tokens import Token, TokenRecord
 from ..usage import DayUsage
@@ -29,14 +30,15 @@ class MemoryTokenStore(QuotaStore):
 
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._lock = threading.Lock()
+        # Of each process: a child would inherit a lock that another thread held at the fork, for good.
+        self._locks = PerProcess(threading.Lock)
         self._content: Content | None = Content()
 
     def __repr__(self) -> str:
         return "MemoryTokenStore()"
 
     def _transact(self, work: Callable[[Transaction], _Result]) -> _Result:
-        with self._lock:
+        with self._locks.get():
             content = self._open()
             try:
                 result = work(content)
@@ -47,51 +49,51 @@ class MemoryTokenStore(QuotaStore):
             return result
 
     def _get(self, digest: bytes) -> Token | None:
-        with self._lock:
+        with self._locks.get():
             return self._open().token_of_digest(digest)
 
     def _get_by_id(self, token_id: int) -> Token | None:
-        with self._lock:
+        with self._locks.get():
             return self._open().token(token_id)
 
     def _page(self, after: int, size: int) -> Sequence[Token]:
-        with self._lock:
+        with self._locks.get():
             return self._open().page(after, size)
 
     def _records(self, after: int, size: int) -> Sequence[TokenRecord]:
-        with self._lock:
+        with self._locks.get():
             return self._open().records(after, size)
 
     def _operation(self, operation_id: str) -> Operation | None:
-        with self._lock:
+        with self._locks.get():
             return self._open().operation(operation_id)
 
     def _find_operation(self, digest: bytes, idempotency_key: str) -> Operation | None:
-        with self._lock:
+        with self._locks.get():
             return self._open().operation_of_key(digest, idempotency_key)
 
     def _history(self, token_id: int, since: float, until: float, before: int, size: int) -> Sequence[Operation]:
-        with self._lock:
+        with self._locks.get():
             return self._open().history(token_id, since, until, before, size)
 
     def _open_reservations(self, after: int, size: int) -> Sequence[Operation]:
-        with self._lock:
+        with self._locks.get():
             return self._open().open_reservations(after, size)
 
     def _count_finished(self, before: float, lapsed_before: float) -> int:
-        with self._lock:
+        with self._locks.get():
             return self._open().count_finished(before, lapsed_before)
 
     def _model_usage(self, token_id: int) -> dict[str, int]:
-        with self._lock:
+        with self._locks.get():
             return self._open().model_usage(token_id)
 
     def _usage_by_day(self, token_id: int, first_day: date, last_day: date) -> Sequence[DayUsage]:
-        with self._lock:
+        with self._locks.get():
             return self._open().usage_by_day(token_id, first_day, last_day)
 
     def taken(self, digests: Sequence[bytes]) -> set[bytes]:
-        with self._lock:
+        with self._locks.get():
             return self._open().taken(digests)
 
     def _open(self) -> Content:
