@@ -12,6 +12,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
 
 from sqlalchemy import Engine, Pool, event
@@ -51,11 +52,17 @@ class ConnectionPool(Pool):
     def _do_get(self) -> ConnectionPoolEntry:
         place = self._take_place()
         try:
-            entry = self._idle.pop()
-        except IndexError:
-            entry = self._create_connection()
+            entry = self._idle_or_new()
+        except BaseException:
+            del place  # The traceback would keep it, for as long as a caller keeps the error.
+            raise
         entry.__dict__["place"] = place
         return entry
+
+    def _idle_or_new(self) -> ConnectionPoolEntry:
+        with suppress(IndexError):
+            return self._idle.pop()
+        return self._create_connection()
 
     def _take_place(self) -> _Place:
         deadline = time.monotonic() + self.wait()
