@@ -304,3 +304,12 @@ def test_a_key_on_standard_input_that_is_not_text_is_one_line(db, brought):
 def test_large_numbers_are_exact_in_json(db):
     run("create", "--quota", 2**63 - 1)
     assert run_json("list")[0]["total_available"] == 2**63 - 1
+
+
+def test_a_key_that_cannot_be_printed_as_standard_output_is_closed(db):
+    command = f"{shlex.quote(SCRIPT)} create --db {shlex.quote(str(db))} >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert "cannot write to standard output" in done.stderr
+    assert "token 1" in done.stderr  # it was made, and can be deleted
+    assert "Traceback" not in done.stderr

@@ -59,7 +59,8 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         with interrupt_in_order():
             status = commands.main(args, prog_name="usage-middleware", standalone_mode=False)
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except click.ClickException as error:
         message = error.format_message()
     except (click.Abort, KeyboardInterrupt):
@@ -80,7 +81,8 @@ def _discard_output() -> None:
     (docs.python.org/3/library/signal.html#note-on-sigpipe).
     """
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except (OSError, ValueError):
         with suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)

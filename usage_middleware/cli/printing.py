@@ -28,6 +28,8 @@ _NAME: Final = "usage-middleware"
 
 def echo(text: str) -> None:
     """Print a line of the result on standard output."""
+    if sys.stdout is None:  # click would drop the line
+        raise _CannotPrint(OSError(errno.EBADF, os.strerror(errno.EBADF)))
     try:
         click.echo(text)
     except OSError as error:
