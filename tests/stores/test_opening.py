@@ -35,6 +35,7 @@ NOWHERE = "127.0.0.1:1"
                 "postgres": "postgresql+psycopg",
                 "postgresql+psycopg": "postgresql+psycopg",
                 "mysql": "mysql+pymysql",
+                "MySQL": "mysql+pymysql",
                 "mysql+pymysql": "mysql+pymysql",
                 "mariadb": "mariadb+pymysql",
                 "mariadb+pymysql": "mariadb+pymysql",
@@ -92,6 +93,9 @@ def test_a_text_names_a_store(tmp_path, monkeypatch, text, kind, name):
         pytest.param(f"postgresql+pg8000://me:{SECRET}@host/name", ImportError, "pg8000", id="driver not installed"),
         pytest.param(f"postgresql://me:{SECRET}@host:port/name", ValueError, "form", id="port that is none"),
         pytest.param(f"://me:{SECRET}@host/name", ValueError, "form", id="no scheme"),
+        # These would be paths of files, and shown.
+        pytest.param(f"postgresql:/me:{SECRET}@host/name", ValueError, "form", id="one slash"),
+        pytest.param(f"mysql+pymysql:me:{SECRET}@host/name", ValueError, "form", id="no slash"),
         # What stands behind the first @ would be taken for a host, and shown.
         pytest.param(f"postgresql://me:pass@{SECRET}@host/name", ValueError, "quote", id="password with @"),
         pytest.param(f"postgresql://me:pass@word/{SECRET}@host/name", ValueError, "quote", id="password with @ and /"),
@@ -225,3 +229,21 @@ def test_without_sqlalchemy_everything_else_works(tmp_path):
     done = run(f"{WITHOUT.format(missing=missing)}\n{program}", tmp_path)
     assert (done.stdout, done.stderr) == ("2\n", "")
     assert os.listdir(tmp_path) == ["tokens.db"]
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        pytest.param("no_option=1", "no_option", id="unknown"),
+        pytest.param("charset=no-charset", "option", id="impossible"),
+        pytest.param("connect_timeout=-1", "option", id="out of range"),
+        pytest.param("ssl_ca=no-file", "FileNotFoundError", id="no such file"),
+    ],
+)
+def test_an_option_of_a_url_that_the_driver_does_not_take(option, says):
+    with (
+        SQLAlchemyTokenStore(f"mysql://me:{SECRET}@127.0.0.1:1/name?{option}") as store,
+        pytest.raises(StoreError, match=says) as caught,
+    ):
+        store.get("no-such-key")
+    assert SECRET not in "".join(traceback.format_exception(caught.value))

@@ -44,6 +44,8 @@ NEW_API: Final = "new-api+"
 _SERVERS: Final = ("postgresql", "postgres", "cockroachdb", "mysql", "mariadb")
 _SHOWN: Final = ("the path of a file", "sqlite:///", "postgresql://", "mysql://", "mariadb://", MEMORY)
 _URL: Final = re.compile(r"([a-z][a-z0-9+._-]*)://", re.IGNORECASE)  # RFC 3986, 3.1, and names of drivers
+# The URL of a server without its "//". As the path of a file it would be shown, with its password.
+_SLIP: Final = re.compile(rf"(?:{re.escape(NEW_API)})?(?:{'|'.join(_SERVERS)})(?:\+\w+)?:", re.IGNORECASE)
 _NEW_API_COLUMNS: Final = {"key", "remain_quota"}
 
 #: Classes that load SQLAlchemy, and their modules. They are imported when they are named.
@@ -132,7 +134,7 @@ def is_new_api(text: str) -> bool:
         load("SQLAlchemyTokenStore")  # if it is missing, the message names what the caller named
         from .new_api import new_api_store
 
-        return new_api_store.is_new_api(text)
+        return new_api_store.is_new_api(_lowered(text))
     return opener is _open_new_api
 
 
@@ -155,7 +157,7 @@ def _opener(text: object) -> _Opener:
         raise TypeError(f"a store is named by a str, got {type(text).__name__}")
     if text == MEMORY:
         return _open_memory
-    if "://" not in text:
+    if "://" not in text and not _SLIP.match(text):
         return _open_file
     match = _URL.match(text)
     if match is None:
@@ -192,8 +194,12 @@ def _open_file(text: str, read_only: bool) -> Any:
 
 
 def _open_server(text: str, read_only: bool) -> Any:
+    return load("SQLAlchemyTokenStore")(_lowered(text), read_only=read_only)
+
+
+def _lowered(text: str) -> str:
     scheme, separator, rest = text.partition("://")
-    return load("SQLAlchemyTokenStore")(scheme.lower() + separator + rest, read_only=read_only)
+    return scheme.lower() + separator + rest
 
 
 def _open_new_api(text: str, read_only: bool) -> Any:

@@ -29,6 +29,8 @@ DEFAULT_TIMEOUT: Final = 10.0  # seconds
 
 # Drivers whose cursors take names as %(name)s.
 _PLAIN_CURSORS: Final = ("psycopg", "pymysql")
+# What drivers raise for an option that they do not know or whose value is wrong, before they connect.
+_OF_OPTIONS: Final = (TypeError, ValueError, AttributeError, FileNotFoundError, PermissionError)
 _ATTEMPTS: Final = 10
 _LONGEST_PAUSE: Final = 0.5  # seconds
 # A step of a migration may rewrite a large table.
@@ -277,6 +279,12 @@ class Database:
             except self._failures.caught as error:
                 if not self._may_repeat(attempt, error):
                     raise self._told(attempt, error) from self._failures.cause(error)
+            except _OF_OPTIONS as error:
+                if attempt.stage is not Stage.CONNECTING or not self._is_own:
+                    raise
+                # The text of other errors may quote the value.
+                reason = str(error) if isinstance(error, TypeError) else type(error).__name__
+                raise StoreError(f"{self.name}: the driver does not take an option of the URL: {reason}") from None
             finally:
                 self._deadline.until = 0.0
             if number > 1:
