@@ -173,7 +173,8 @@ BEFORE_USAGE = len(b"".join(CHAT_STREAM[:3]))
 def test_a_client_that_leaves_at_any_byte_is_charged_once(front, full):
     """It is charged what was reserved, or the usage once that was sent."""
     key, token_id = front.token(10**7)
-    steps = range(0, len(STREAM) + 1, 1 if full else 97)
+    # From the first byte on: who leaves before it may leave before a busy server has read the request.
+    steps = range(1, len(STREAM) + 1, 1 if full else 97)
     for at in (*steps, len(STREAM)):
         client = socket.create_connection(("127.0.0.1", front.port), timeout=WAIT)
         received = b""
