@@ -11,7 +11,7 @@ import itertools
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -163,7 +163,8 @@ def try_to(call):
 def check(store, cut, case, place, outcome):
     """Whether what was said is true, and the same call is then done once."""
     times = case.times(store, place)
-    assert times in {"done": {1}, "unknown": {0, 1}}.get(outcome, {0})
+    # prune() is several transactions, and a connection of a later one may be cut.
+    assert times in {"done": {1}, "unknown": {0, 1}}.get(outcome, {0, 1} if case is CASES["prune"] else {0})
     if case.repeats:
         case.call(cut, place)
         assert case.times(store, place) == 1
@@ -174,8 +175,10 @@ def check(store, cut, case, place, outcome):
         assert token.total_granted in (0, 1000, 1100)
         if token.id == place.token.id and len(made) > 1:
             assert sum(operation.held for operation in made) == token.total_used
-        store.rotate(token.id)
-        store.delete(token.id)
+        # A server may still be at the COMMIT of a deletion.
+        with suppress(TokenNotFound) if outcome == "unknown" and case is CASES["delete"] else nullcontext():
+            store.rotate(token.id)
+            store.delete(token.id)
 
 
 @pytest.mark.parametrize("has_keys", [True, False], ids=["idempotency keys", "no keys"])
