@@ -1,12 +1,16 @@
 """SQLite databases that are only read."""
 
 import os
+import subprocess
+import sys
 
 import pytest
+from forks import forked
 from holders import create, status
 from sqlite_files import make_database, permissions, sql, untouched
 
 from usage_middleware import SQLiteTokenStore, StoreError
+from usage_middleware.stores.sqlite.shared_lock import SharedLock, is_wal
 
 # --- Read-only
 
@@ -80,3 +84,38 @@ def test_a_change_is_seen_though_the_time_of_the_file_is_that_of_the_last_one(pa
             tick = os.stat(path).st_mtime_ns // 10**7 * 10**7 + 1
             os.utime(path, ns=(tick, tick))
             assert reader.get(key).name == str(number)
+
+
+EXCLUSIVE = """
+import fcntl, sys
+with open(sys.argv[1], "r+b") as file:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 510, 0x40000002)
+    except OSError:
+        print("held")
+"""
+
+
+def take_and_leave(path):
+    with SharedLock(path) as lock:
+        return lock.take()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such lock")
+def test_a_log_is_kept_for_the_last_of_those_who_open_it(path, store):
+    def is_held():
+        command = [sys.executable, "-c", EXCLUSIVE, str(path)]
+        return subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout == b"held\n"
+
+    store.create()
+    store.close()
+    first, second = SharedLock(str(path)), SharedLock(str(path))
+    with first:
+        with second:
+            assert first.take()
+            assert second.take()
+            assert is_wal(str(path))
+        assert is_held()
+        assert forked(lambda: take_and_leave(str(path))) == "True"
+        assert is_held()
+    assert not is_held()
