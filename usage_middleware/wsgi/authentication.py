@@ -31,8 +31,9 @@ _AUTHORIZATION: Final = "HTTP_AUTHORIZATION"
 #: The headers that :func:`llm_key` reads, as WSGI names them.
 KEY_HEADERS: Final = (_AUTHORIZATION, "HTTP_X_API_KEY", "HTTP_X_GOOG_API_KEY")
 _LONG: Final = 16  # characters of a key that do not occur in a header by chance
-# The least seconds between asking the store for a key and refusing it. Otherwise the time would distinguish a disabled
-# key, whose row is found and read, from an unknown one. A store in memory or on a local disk answers within it.
+# The least seconds between asking the store for a key and refusing it, if the store has no ``answers_within``.
+# Otherwise the time would distinguish a disabled key, whose row is found and read, from an unknown one. A store in
+# memory or on a local disk answers within it.
 _REFUSED_AFTER: Final = 0.0005
 _RETRY_AFTER: Final = 5  # seconds; a store that failed may soon work again
 # What repr() and JSON put before or around the characters of a key.
@@ -96,7 +97,8 @@ def remove_key(environ: WSGIEnvironment, key: str | None) -> None:
 class Authentication:
     """Find the key of a request and ask the store about it.
 
-    :param store: where tokens are looked up.
+    :param store: where tokens are looked up. A key is refused when ``store.answers_within`` seconds have passed since
+        the store was asked, or half a millisecond, so that the time does not show what was found.
     :param key: a function that returns the key of a request, or ``None`` if the request does not carry a possible key.
     :param throttle: counts failures, so that clients that guess keys are slowed down; or ``None``.
 
@@ -115,6 +117,7 @@ class Authentication:
         self._store = store
         self._key = key
         self._throttle = throttle
+        self._refused_after: float = getattr(store, "answers_within", _REFUSED_AFTER)
         self._headers = KEY_HEADERS if key is llm_key else KEY_HEADERS[:1]
 
     def key(self, environ: WSGIEnvironment) -> str:
@@ -148,7 +151,7 @@ class Authentication:
         except Exception as error:
             logger.error("%s", _failure(self._store, error, key))
             raise Refused(UNAVAILABLE, retry_after=_RETRY_AFTER) from None
-        time.sleep(max(asked_at + _REFUSED_AFTER - time.perf_counter(), 0))
+        time.sleep(max(asked_at + self._refused_after - time.perf_counter(), 0))
         raise self._guessed(environ, UNKNOWN)
 
     def token(self, key: str) -> Token:

@@ -30,7 +30,7 @@ from ...keys import strip_prefix
 from ...log import LOG_KINDS, LogEntry, LogKind
 from ...tokens import Token, TokenRecord
 from ..sql.attempts import Attempt
-from ..sql.database import Database
+from ..sql.database import ANSWERS_WITHIN, Database
 from ..sql.dialects import POSTGRESQL
 from ..sql.sql_migrations import VERSION_TABLE
 from ..sql.sql_schema import MYSQL
@@ -61,6 +61,8 @@ class NewAPITokenStore:
     A token is unknown if it is deleted, or if its owner is deleted or banned. ``model_limits`` are the models of
     new-api's list, each without a limit of its own.
     """
+
+    answers_within = ANSWERS_WITHIN
 
     def __init__(self, url_or_engine: str | os.PathLike[str] | URL | Engine) -> None:
         if isinstance(url_or_engine, os.PathLike):

@@ -26,6 +26,9 @@ from .session import Session
 from .timeouts import deadline_setter
 
 DEFAULT_TIMEOUT: Final = 10.0  # seconds
+#: Seconds within which a server that is near answers a look-up. A key is not refused before, so that the time does not
+#: show what was found.
+ANSWERS_WITHIN: Final = 0.005
 
 # Drivers whose cursors take names as %(name)s.
 _PLAIN_CURSORS: Final = ("psycopg", "pymysql")

@@ -19,7 +19,7 @@ from ..migrations import TablesState, WrongTables
 from ..rows import operation_of, records_of, token_of
 from ..transaction import Transaction
 from . import sql_migrations, sql_statements
-from .database import DEFAULT_TIMEOUT, Database
+from .database import ANSWERS_WITHIN, DEFAULT_TIMEOUT, Database
 from .dialects import POSTGRESQL
 from .sql_schema import MYSQL
 from .sql_transaction import MOST_DIGESTS, SQLTransaction
@@ -39,9 +39,12 @@ class SQLAlchemyTokenStore(QuotaStore):
         :class:`SQLiteTokenStore`.
     :raises ImportError: the database's driver is not installed.
 
-    Nothing is connected before the first use. What a method returned is committed, and as durable as the server's
+    Nothing is connected before the first use. A key that is refused is refused after 5 ms, within which a server that
+    is near answers. What a method returned is committed, and as durable as the server's
     settings make it (``synchronous_commit``, ``innodb_flush_log_at_trx_commit``).
     """
+
+    answers_within = ANSWERS_WITHIN
 
     def __init__(
         self,
