@@ -189,6 +189,7 @@ def test_every_measurement_is_made(run_benchmarks, full):
                 assert row["verdict"] == ("met" if (over >= 0 if row["is_least"] else over <= 0) else "missed")
 
 
+@pytest.mark.slow
 def test_tables_are_printed_with_a_line_for_what_is_left_out(run_benchmarks, monkeypatch):
     monkeypatch.setenv("PATH", os.devnull)  # so that wrk is not found
     missing = ["whitenoise", "flask", "django", "fastapi"]

@@ -77,6 +77,7 @@ def test_links_have_targets(page):
         assert not anchor or anchor in anchors(target), link
 
 
+@pytest.mark.slow
 def test_the_reference_is_up_to_date():
     result = subprocess.run(
         [sys.executable, ROOT / "docs" / "generate.py", "--check"], capture_output=True, text=True, cwd=ROOT

@@ -81,6 +81,7 @@ PIECES = [
 chunks = st.lists(st.sampled_from(PIECES) | st.binary(max_size=50), max_size=8)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(
     cost=st.sampled_from(list(COSTS)),
@@ -151,6 +152,7 @@ json_text = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(
     body=json_text.map(str.encode) | st.binary(max_size=60) | json_text.map(lambda text: text[:-1].encode("utf-16")),

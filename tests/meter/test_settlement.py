@@ -218,6 +218,7 @@ def test_a_forked_process_leaves_the_queue_to_its_parent(metered):
     assert len(metered.store.settled) == 2
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_never_closed_is_settled_with_the_next_request(metered):
     """It cannot be settled when Python frees it, as this thread may hold a lock of the store then."""
 

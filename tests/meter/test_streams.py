@@ -125,6 +125,7 @@ def parsed(data):
     return figures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stream", "counts"),
     [

@@ -199,6 +199,7 @@ def test_retry_after_is_true(clock, storage, second, retry_after):
     assert statuses(app, 4) == [401, 401, 401, 429]
 
 
+@pytest.mark.slow
 def test_a_failure_while_throttled_does_not_extend_it(clock):
     app = make_app()
     statuses(app, 1000)

@@ -391,6 +391,7 @@ def environs(draw, raw_path):
     return draw(st.fixed_dictionaries({"REQUEST_METHOD": method}, optional=fields))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(CONFIGURATIONS)))
 def test_any_environment(endpoints, number, full):
     endpoint = endpoints[number]

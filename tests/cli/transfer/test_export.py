@@ -188,6 +188,7 @@ def terminal(*args):
     return shown.decode()
 
 
+@pytest.mark.slow
 def test_a_progress_bar_is_shown_at_a_terminal(db):
     text = list(lines(2000))
     text[10] = "sk-canary,x,many\n"

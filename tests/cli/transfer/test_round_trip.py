@@ -105,6 +105,7 @@ def test_ten_thousand_limits_and_days_come_back(tmp_path, format_name):
     assert row.content == written[0]
 
 
+@pytest.mark.slow
 def test_an_export_that_import_could_not_read_is_refused(run, db):
     figures = (1, 1, 0, 0)
     with MemoryTokenStore() as store:

@@ -292,6 +292,7 @@ def test_locks_that_the_host_has_on_the_file_stay(sqlite_gateway, mode):
         connection.execute("ROLLBACK")
 
 
+@pytest.mark.slow
 def test_connections_and_descriptors_do_not_add_up(sqlite_gateway):
     path = sqlite_gateway.engine.url.database
     with NewAPITokenStore(path) as store:

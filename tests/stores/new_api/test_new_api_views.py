@@ -49,6 +49,7 @@ def test_it_is_not_taken_for_a_database_of_new_api(tmp_path, path):
                 store.get("the-key-of-a-holder")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
 def test_an_import_ends(tmp_path, path, options):
     before = path.read_bytes()

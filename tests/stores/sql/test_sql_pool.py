@@ -45,6 +45,7 @@ def test_each_use_beyond_the_most_waits_as_long_as_it_may(engine):
     assert engine.pool.status() == "15 connections are idle, 15 more may be used"
 
 
+@pytest.mark.slow
 def test_a_connection_that_is_dropped_gives_its_place_back(engine):
     for _ in range(2 * MOST):
         engine.connect()
@@ -57,6 +58,7 @@ def things_of_pools():
     return sum(type(thing).__module__ == ConnectionPool.__module__ for thing in gc.get_objects())
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_a_pool_that_is_freed():
     before = things_of_pools()
     engine = create_engine("sqlite://", poolclass=ConnectionPool)

@@ -211,6 +211,7 @@ def fork_while_a_thread_connects(scheme):
                 print(*events)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["postgresql+psycopg", "mysql+pymysql"])
 def test_a_fork_waits_for_a_thread_that_connects(scheme):
     """Drivers use OpenSSL when they connect. If another thread forks meanwhile, OpenSSL's locks may be held for ever in

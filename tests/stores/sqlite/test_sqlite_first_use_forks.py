@@ -110,6 +110,7 @@ def test_a_fork_waits_for_what_is_being_opened(tmp_path):
     assert said == f"0 0 {1 + IN_EACH}\n"
 
 
+@pytest.mark.slow
 @needs_proc
 def test_a_child_of_a_fork_that_cannot_wait_is_refused(tmp_path):
     path = tmp_path / "tokens.db"
