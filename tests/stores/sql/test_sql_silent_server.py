@@ -21,6 +21,7 @@ from proxies import Proxy
 from sqlalchemy import create_engine, make_url
 
 from usage_middleware import SQLAlchemyTokenStore, StoreError, UsageMiddleware
+from usage_middleware.stores.sql.pool import ConnectionPool
 
 pytestmark = [pytest.mark.servers, pytest.mark.slow]
 
@@ -153,6 +154,21 @@ def test_a_network_that_drops_everything(database_server, database_url):
             with ThreadPoolExecutor(4) as threads:
                 assert max(threads.map(seconds_of, calls)) < TIMEOUT + SLACK
         engine.dispose()
+
+
+@pytest.mark.parametrize("driver", ["postgresql", "mysql"])
+def test_a_place_that_becomes_free_too_late_is_not_connected_with(driver, monkeypatch):
+    def take_place(pool):
+        time.sleep(0.1)  # longer than the timeout
+        return object()
+
+    with closing(socket.create_server(("127.0.0.1", 0))) as listening:
+        port = listening.getsockname()[1]
+        with SQLAlchemyTokenStore(f"{driver}://user:secret@127.0.0.1:{port}/name", timeout=0.05) as store:
+            monkeypatch.setattr(ConnectionPool, "_take_place", take_place)
+            assert seconds_of(partial(store.get, "sk-key"), "did not answer within 0.05 s") < TIMEOUT
+        listening.settimeout(0.2)
+        assert list(accepted(listening)) == []
 
 
 @pytest.mark.parametrize("driver", ["postgresql", "mysql"])

@@ -164,7 +164,7 @@ def _read_committed(connection: Any, entry: object) -> None:
     cursor.close()
 
 
-def refuse_encoding(engine: Engine, seconds_left: Callable[[], float]) -> None:
+def refuse_encoding(engine: Engine, seconds_left: Callable[[], float | None]) -> None:
     """Let no call of ours use a database of PostgreSQL that does not know what its bytes mean.
 
     With the encoding SQL_ASCII, psycopg returns text as bytes, on which even SQLAlchemy fails.
@@ -176,7 +176,7 @@ def refuse_encoding(engine: Engine, seconds_left: Callable[[], float]) -> None:
     @event.listens_for(engine, "connect", insert=True)
     def check(connection: Any, entry: object) -> None:
         # The server states it when it is connected to.
-        if seconds_left() > 0 and connection.info.parameter_status("server_encoding") == "SQL_ASCII":
+        if seconds_left() is not None and connection.info.parameter_status("server_encoding") == "SQL_ASCII":
             name = engine.url.set(query={}).render_as_string(hide_password=True)
             raise StoreError(
                 f"{name} has the encoding SQL_ASCII, in which text is only bytes; make another database, "

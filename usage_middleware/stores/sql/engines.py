@@ -19,10 +19,13 @@ from .timeouts import deadline_setter, limit_connecting
 class Deadline(threading.local):
     """When a call of this thread stops waiting for a connection."""
 
-    until = 0.0
+    until = 0.0  # no call runs in this thread
 
-    def seconds_left(self) -> float:
-        return self.until - time.monotonic()
+    def seconds_left(self) -> float | None:
+        return self.until - time.monotonic() if self.until else None
+
+    def wait(self) -> float:
+        return self.seconds_left() or 0.0
 
 
 def engine_of_each_process(url_or_engine: URL | Engine, timeout: float, deadline: Deadline) -> forks.PerProcess[Engine]:
@@ -41,7 +44,7 @@ def _made(url: URL, timeout: float, deadline: Deadline) -> Engine:
     """Return the engine of this process."""
     engine = make_engine(url, timeout)
     assert isinstance(engine.pool, ConnectionPool)
-    engine.pool.wait = deadline.seconds_left
+    engine.pool.wait = deadline.wait
     _watch(engine, deadline)
 
     # Before SQLAlchemy's own listener, which asks a new server for its version.

@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 from sqlalchemy import URL, Engine, event
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from ... import forks
 
@@ -114,18 +115,20 @@ class _Connecting:
     __slots__ = ("__weakref__",)
 
 
-def limit_connecting(engine: Engine, seconds_left: Callable[[], float]) -> None:
+def limit_connecting(engine: Engine, seconds_left: Callable[[], float | None]) -> None:
     """Let an engine spend no more seconds on a new connection than the thread that needs it has left, and let no other
     thread fork meanwhile.
 
-    :param seconds_left: returns 0 or less if no call of ours runs in the thread. An owner's engine then connects with
+    :param seconds_left: returns ``None`` if no call of ours runs in the thread. An owner's engine then connects with
         its owner's timeout.
     """
 
     def connect(dialect: Any, entry: object, arguments: list[Any], parameters: dict[str, Any]) -> Any:
         left = seconds_left()
-        if left <= 0:
+        if left is None:
             return None
+        if left <= 0:  # A place in the pool became free too late. A driver takes 0 for "no timeout".
+            raise PoolTimeoutError("no time is left to connect")
         if engine.driver in _HAVE_CONNECT_TIMEOUT:
             parameters.setdefault("connect_timeout", _each_attempt(engine.url, left))
         limits = {}
