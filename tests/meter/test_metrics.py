@@ -16,14 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from web_servers import GUNICORN, KEY, Connection, message, started
 
 from usage_middleware import MemoryTokenStore, SQLiteTokenStore, StoreError, UsageMeter
+from usage_middleware.testing.fixtures import Clock
 from usage_middleware.wsgi.metrics import Metrics
-
-
-class Clock:
-    now = 1_800_000_000.0
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture
@@ -219,6 +213,7 @@ def test_without_the_package_the_error_says_how_to_install_it():
 SERVED = """
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from usage_middleware import SQLiteTokenStore, UsageMeter
+from usage_middleware.testing.fixtures import Clock
 from usage_middleware.wsgi.metrics import Metrics
 
 def app(environ, start_response):

@@ -17,6 +17,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from usage_middleware import MemoryTokenStore, StoreError, UsageMiddleware
+from usage_middleware.testing.fixtures import Clock
 
 pytestmark = [pytest.mark.servers, pytest.mark.slow]
 
@@ -38,16 +39,11 @@ def browser(chromium):
     assert chromium.messages() == []
 
 
-class Clock:
-    now = float(NOW)
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    clock = Clock()
+    clock.now = float(NOW)
+    return clock
 
 
 @pytest.fixture

@@ -7,15 +7,9 @@ import pytest
 
 from usage_middleware import LogEntry, MemoryTokenStore, Operation, QuotaStore, open_store
 from usage_middleware.log import KeepsLog, log_entry
+from usage_middleware.testing.fixtures import Clock
 
 NOW = 1_795_500_000
-
-
-class Clock:
-    now = float(NOW)
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture(scope="module", params=["memory", "sqlite", "mariadb", "postgresql"])
@@ -34,6 +28,7 @@ def store(request, tmp_path_factory):
 
 def filled(store):
     clock = store._clock = Clock()
+    clock.now = float(NOW)
     chance = random.Random(1)
     for name in ("first", "second"):
         key, token = store.create(name=name, total_available=10**6, renewal="daily", renewal_quota=10**6)

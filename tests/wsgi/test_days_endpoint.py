@@ -4,9 +4,10 @@ import json
 from datetime import date, datetime, timedelta, timezone
 
 import pytest
-from client import PATH, ask
+from client import PATH, ask, wrapped
 
-from usage_middleware import DayUsage, MemoryTokenStore, SQLiteTokenStore, StoreError, Token, UsageMiddleware
+from usage_middleware import DayUsage, MemoryTokenStore, StoreError, Token, UsageMiddleware
+from usage_middleware.testing.fixtures import Clock
 
 DAYS = PATH + "/days"
 TODAY = date(2026, 11, 24)
@@ -17,37 +18,20 @@ def noon(day):
     return datetime(day.year, day.month, day.day, 12, tzinfo=timezone.utc).timestamp()
 
 
-class Clock:
-    def __init__(self):
-        self.now = noon(TODAY)
-
-    def __call__(self):
-        return self.now
+def clock_at_noon():
+    clock = Clock()
+    clock.now = noon(TODAY)
+    return clock
 
 
 @pytest.fixture
 def clock():
-    return Clock()
-
-
-@pytest.fixture(params=["memory", "sqlite"])
-def store(request, tmp_path, clock):
-    if request.param == "memory":
-        made = MemoryTokenStore(clock=clock)
-    else:
-        made = SQLiteTokenStore(tmp_path / "tokens.db", clock=clock)
-    with made as store:
-        yield store
-
-
-def host(environ, start_response):
-    start_response("404 Not Found", [("Content-Type", "text/plain")])
-    return [b"the wrapped application"]
+    return clock_at_noon()
 
 
 @pytest.fixture
 def app(store):
-    return UsageMiddleware(host, store)
+    return UsageMiddleware(wrapped, store)
 
 
 def get(app, key, query="", **options):
@@ -191,13 +175,13 @@ def test_models_that_used_the_same_are_told_by_name(store, app):
 def used():
     """Yield the key of a token that used one unit on each of 800 days, of which the last is today; and the
     middleware."""
-    clock = Clock()
+    clock = clock_at_noon()
     with MemoryTokenStore(clock=clock) as store:
         key, _ = store.create(total_available=1000)
         for ago in reversed(range(800)):
             clock.now = noon(TODAY - timedelta(ago))
             store.charge(key, 1)
-        yield key, UsageMiddleware(host, store)
+        yield key, UsageMiddleware(wrapped, store)
 
 
 @pytest.mark.parametrize(
@@ -332,7 +316,7 @@ def test_a_refusal_is_that_of_the_endpoint_whatever_is_asked_for(store, app, aut
 
 
 def test_failures_are_counted_together_with_those_of_the_endpoint(store):
-    app = UsageMiddleware(host, store, throttle="2 per 30 days")
+    app = UsageMiddleware(wrapped, store, throttle="2 per 30 days")
     paths = (PATH, DAYS, PATH, DAYS)
     assert [ask(app, path=path, authorization="Bearer wrong").status for path in paths] == [401, 401, 429, 429]
 
@@ -350,10 +334,10 @@ def test_both_paths_are_answered_alike(store, app, path):
 
 
 def test_the_path_is_below_that_of_the_endpoint(store):
-    app = UsageMiddleware(host, store, path="/quota")
+    app = UsageMiddleware(wrapped, store, path="/quota")
     assert ask(app, path="/quota/days").status == 401
     assert ask(app, path=DAYS).body == b"the wrapped application"
-    assert ask(UsageMiddleware(host, store, path="/"), path="/days").status == 401
+    assert ask(UsageMiddleware(wrapped, store, path="/"), path="/days").status == 401
 
 
 @pytest.mark.parametrize("path", [PATH + "/Days", PATH + "/days//", PATH + "/days/1", PATH + "//days", PATH + "/day"])
@@ -363,7 +347,7 @@ def test_any_other_path_is_not(app, path):
 
 def test_a_store_without_a_ledger_leaves_the_path_to_the_application():
     for store in ({"key": Token()}, type("Store", (), {"get": lambda self, key: None})()):
-        app = UsageMiddleware(host, store)
+        app = UsageMiddleware(wrapped, store)
         assert get(app, "key").body == b"the wrapped application"
 
 
@@ -377,7 +361,7 @@ def test_a_store_that_fails_is_a_503_without_the_key_in_the_log(caplog):
 
     with Failing() as store:
         key, _ = store.create()
-        answer = get(UsageMiddleware(host, store), key)
+        answer = get(UsageMiddleware(wrapped, store), key)
     assert (answer.status, answer.body) == (503, error("Service Unavailable"))
     assert "Failing failed: StoreError: the disk is full" in caplog.text
     assert key.removeprefix("sk-") not in caplog.text
@@ -390,5 +374,5 @@ def test_a_store_whose_days_cannot_be_written_is_a_503(caplog):
 
     with Odd() as store:
         key, _ = store.create()
-        assert get(UsageMiddleware(host, store), key).status == 503
+        assert get(UsageMiddleware(wrapped, store), key).status == 503
     assert "Odd failed: UnicodeEncodeError" in caplog.text

@@ -4,7 +4,7 @@ import json
 from datetime import datetime, timezone
 
 import pytest
-from client import PATH, ask
+from client import PATH, ask, wrapped
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +17,7 @@ from usage_middleware import (
     Token,
     UsageMiddleware,
 )
+from usage_middleware.testing.fixtures import Clock
 
 STATUS = "/api/status"
 LOG = "/api/log/token"
@@ -28,35 +29,19 @@ WITH_KEY = (LOG, ACCOUNT, *BILLING)
 NOW = 1_795_500_000  # 2026-11-24, 06:00
 
 
-class Clock:
-    now = NOW
-
-    def __call__(self):
-        return self.now
-
-
-def host(environ, start_response):
-    start_response("404 Not Found", [("Content-Type", "text/plain")])
-    return [b"the wrapped application"]
+def clock_at_start():
+    clock = Clock()
+    clock.now = NOW
+    return clock
 
 
 @pytest.fixture
 def clock():
-    return Clock()
-
-
-@pytest.fixture(params=["memory", "sqlite"])
-def store(request, tmp_path, clock):
-    if request.param == "memory":
-        made = MemoryTokenStore(clock=clock)
-    else:
-        made = SQLiteTokenStore(tmp_path / "tokens.db", clock=clock)
-    with made as store:
-        yield store
+    return clock_at_start()
 
 
 def make_app(store, **options):
-    return UsageMiddleware(host, store, new_api=NewAPI(**options))
+    return UsageMiddleware(wrapped, store, new_api=NewAPI(**options))
 
 
 @pytest.fixture
@@ -80,7 +65,7 @@ def text(answer):
 @pytest.mark.parametrize("path", [STATUS, *WITH_KEY, "/v1/usage", "/v1/models"])
 def test_by_default_the_paths_are_the_applications(store, path):
     key, _ = store.create()
-    assert get(UsageMiddleware(host, store), key, path).body == b"the wrapped application"
+    assert get(UsageMiddleware(wrapped, store), key, path).body == b"the wrapped application"
 
 
 @pytest.mark.parametrize(
@@ -112,14 +97,14 @@ def test_methods_and_slashes_are_those_of_the_endpoint(store, app, path):
 
 def test_the_paths_do_not_depend_on_that_of_the_endpoint(store):
     key, _ = store.create()
-    app = UsageMiddleware(host, store, path="/quota", new_api=NewAPI())
+    app = UsageMiddleware(wrapped, store, path="/quota", new_api=NewAPI())
     assert get(app, key, LOG).status == get(app, key, "/quota").status == get(app, key, "/quota/days").status == 200
 
 
 @pytest.mark.parametrize("path", [STATUS, LOG + "/", "/v1/dashboard/billing/usage"])
 def test_two_endpoints_cannot_have_one_path(path):
     with pytest.raises(ValueError, match=r"^path must not be "):
-        UsageMiddleware(host, {}, path=path, new_api=NewAPI())
+        UsageMiddleware(wrapped, {}, path=path, new_api=NewAPI())
 
 
 @pytest.mark.parametrize(
@@ -143,7 +128,7 @@ def test_an_impossible_argument_is_named(options, error):
 
 def test_only_a_new_api_turns_them_on():
     with pytest.raises(TypeError, match=r"^new_api must be a NewAPI or None, got bool"):
-        UsageMiddleware(host, {}, new_api=True)
+        UsageMiddleware(wrapped, {}, new_api=True)
 
 
 # --- Point 30: status
@@ -246,7 +231,7 @@ def test_an_open_reservation_shows_what_it_holds(store, app):
 def charged(request, tmp_path_factory):
     """Yield a token with 250 charges, each one second after the other, and every tenth refunded at once: app and
     key."""
-    clock = Clock()
+    clock = clock_at_start()
     path = tmp_path_factory.mktemp("log") / "tokens.db"
     made = MemoryTokenStore(clock=clock) if request.param == "memory" else SQLiteTokenStore(path, clock=clock)
     with made as store:
@@ -549,7 +534,7 @@ def test_another_method_is_refused_as_openai_does(app, path):
 
 
 def test_failures_are_counted_over_all_endpoints(store):
-    app = UsageMiddleware(host, store, new_api=NewAPI(), throttle="5 per 30 days")
+    app = UsageMiddleware(wrapped, store, new_api=NewAPI(), throttle="5 per 30 days")
     first = [ask(app, path=path, authorization="Bearer wrong").status for path in (PATH, *WITH_KEY[:4])]
     assert first == [401] * 5
     for path in (PATH, PATH + "/days", *WITH_KEY):

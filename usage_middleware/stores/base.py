@@ -19,7 +19,7 @@ from ..operations import bring_up_to_date
 from ..renewal import first_renewal, renewed
 from ..tokens import Token, TokenRecord, id_of
 from .history import History
-from .hooks import MOST_LAPSED, new_id
+from .hooks import MOST_LAPSED, new_id, pages
 from .ledger import Ledger, token_not_found
 from .storable import check_record, check_storable
 from .transaction import Transaction
@@ -132,11 +132,8 @@ class QuotaStore(Ledger, History):
 
     def tokens(self) -> Iterator[Token]:
         """Yield every token, by id. They are read page by page: memory does not grow, and no lock is held."""
-        after = 0
-        while page := self._page(after, _PAGE_SIZE):
-            for token in page:
-                yield self._as_of_now(token) or token
-            after = id_of(page[-1])
+        for token in pages(lambda after: self._page(after, _PAGE_SIZE), id_of, 0):
+            yield self._as_of_now(token) or token
 
     def count(self) -> int:
         """Return how many tokens there are."""
@@ -149,10 +146,7 @@ class QuotaStore(Ledger, History):
         What open reservations hold counts as used. Before a move, settle them, or let them lapse and then charge or
         prune.
         """
-        after = 0
-        while page := self._records(after, _PAGE_SIZE):
-            yield from page
-            after = id_of(page[-1].token)
+        return pages(lambda after: self._records(after, _PAGE_SIZE), lambda record: id_of(record.token), 0)
 
     def restore(self, records: Iterable[TokenRecord]) -> list[int | None]:
         """Add tokens as another store kept them, all in one transaction.

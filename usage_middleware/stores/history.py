@@ -16,7 +16,7 @@ from ..keys import key_digest
 from ..log import LOG_KINDS, LogEntry, LogKind, log_entry
 from ..operations import Kind, Operation
 from ..usage import DayUsage, day_of
-from .hooks import MOST_LAPSED, StoreHooks, new_id
+from .hooks import MOST_LAPSED, StoreHooks, new_id, pages
 from .transaction import Transaction
 
 _PAGE_SIZE: Final = 1000
@@ -58,10 +58,7 @@ class History(StoreHooks):
         return self._pages_of_history(token_id, begin, end) if can_exist(token_id) else iter(())
 
     def _pages_of_history(self, token_id: int, since: float, until: float) -> Iterator[Operation]:
-        before = MAX_INTEGER
-        while page := self._history(token_id, since, until, before, _PAGE_SIZE):
-            yield from page
-            before = page[-1].number
+        return pages(lambda before: self._history(token_id, since, until, before, _PAGE_SIZE), _number_of, MAX_INTEGER)
 
     def log(
         self,
@@ -128,10 +125,7 @@ class History(StoreHooks):
 
     def open_reservations(self) -> Iterator[Operation]:
         """Yield the reservations that are not settled and hold units, lapsed or not, the oldest first, page by page."""
-        after = 0
-        while page := self._open_reservations(after, _PAGE_SIZE):
-            yield from page
-            after = page[-1].number
+        return pages(lambda after: self._open_reservations(after, _PAGE_SIZE), _number_of, 0)
 
     def prune(self, before: float) -> int:
         """Delete operations that were finished before a time, and reservations that lapsed before it.
@@ -172,3 +166,7 @@ class History(StoreHooks):
                     transaction.save(due)
 
         self._transact(work)
+
+
+def _number_of(operation: Operation) -> int:
+    return operation.number

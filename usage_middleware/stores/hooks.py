@@ -25,6 +25,7 @@ from .transaction import Transaction
 # units.
 MOST_LAPSED: Final = 200
 
+_Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
@@ -106,6 +107,18 @@ class StoreHooks(ABC):
 
     def _now(self) -> float:
         return self._clock()
+
+
+def pages(read: Callable[[int], Sequence[_Item]], place_of: Callable[[_Item], int], start: int) -> Iterator[_Item]:
+    """Yield all that ``read`` returns, page by page. Nothing is locked or kept between two pages.
+
+    :param read: returns the page behind a place; an empty one is the end.
+    :param place_of: returns the place of an item.
+    """
+    place = start
+    while page := read(place):
+        yield from page
+        place = place_of(page[-1])
 
 
 def new_id() -> str:

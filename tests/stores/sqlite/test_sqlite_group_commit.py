@@ -301,21 +301,28 @@ def test_work_that_has_begun_is_decided_when_an_exception_leaves_the_call(store,
     assert not queue_of(store).writing
 
 
-def test_work_that_has_not_begun_is_never_done_after_an_exception(path, store, threads, alarm):
-    key, _ = create(store, total_available=A_LOT)
+@contextmanager
+def written_by_another(store, threads):
+    """Let another thread be in a transaction meanwhile."""
     inside, go_on = threading.Event(), threading.Event()
 
-    def lead(transaction):
+    def write(transaction):
         inside.set()
         assert go_on.wait(30)
 
-    leader = threads.submit(store._transact, lead)
+    leader = threads.submit(store._transact, write)
     assert inside.wait(30)
-    alarm(0.05)
-    with pytest.raises(Interrupt):
-        store.charge(key, 1)
+    yield
     go_on.set()
     leader.result(30)
+
+
+def test_work_that_has_not_begun_is_never_done_after_an_exception(path, store, threads, alarm):
+    key, _ = create(store, total_available=A_LOT)
+    with written_by_another(store, threads):
+        alarm(0.05)
+        with pytest.raises(Interrupt):
+            store.charge(key, 1)
     assert store.charge(key, 10).total_used == 10
     assert not queue_of(store).waiting
 
@@ -323,18 +330,8 @@ def test_work_that_has_not_begun_is_never_done_after_an_exception(path, store, t
 def test_work_that_has_waited_too_long_is_never_done(path, threads):
     with SQLiteTokenStore(path, timeout=0.1) as store:
         key, _ = create(store, total_available=A_LOT)
-        inside, go_on = threading.Event(), threading.Event()
-
-        def lead(transaction):
-            inside.set()
-            assert go_on.wait(30)
-
-        leader = threads.submit(store._transact, lead)
-        assert inside.wait(30)
-        with pytest.raises(StoreError, match="is locked"):
+        with written_by_another(store, threads), pytest.raises(StoreError, match="is locked"):
             store.charge(key, 1)
-        go_on.set()
-        leader.result(30)
         assert store.charge(key, 10).total_used == 10
 
 
