@@ -28,6 +28,7 @@ class Failures:
         driver = engine.dialect.loaded_dbapi
         self._driver_error: type[Exception] = driver.Error
         self._integrity_error: type[Exception] = driver.IntegrityError
+        self._operational_error: type[Exception] = driver.OperationalError
         # Errors whose text comes from the driver and quotes values.
         self._quoting = (driver.DataError, driver.IntegrityError)
         #: What an ``except`` takes.
@@ -35,11 +36,20 @@ class Failures:
 
     def is_lost(self, error: Exception, connection: Any) -> bool:
         """Return whether an error means that a driver's connection cannot be used any more."""
-        if isinstance(error, DBAPIError):
-            return error.connection_invalidated
-        if isinstance(error, SQLAlchemyError):
+        if isinstance(error, DBAPIError) and error.connection_invalidated:
+            return True
+        original = _original(error)
+        if not isinstance(original, self._driver_error):
             return False
-        return connection is None or self._is_disconnect(error, connection, None)
+        return connection is None or self._is_disconnect(original, connection, None) or self._is_unanswered(original)
+
+    def _is_unanswered(self, error: Exception) -> bool:
+        """Return whether an error is the driver's own, and not the server's answer.
+
+        psycopg takes a connection for open whose socket has an error that libpq has not seen yet. Then SQLAlchemy
+        does, too.
+        """
+        return isinstance(error, self._operational_error) and hasattr(error, "sqlstate") and error.sqlstate is None
 
     def is_conflict(self, error: Exception) -> bool:
         """Return whether the server's answer is that another call was in the way, so this one may begin again."""
