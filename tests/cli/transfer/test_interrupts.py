@@ -80,6 +80,15 @@ def test_a_dry_run_that_is_stopped_leaves_no_folder(db, stopped_at, tmp_path, mo
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
+@pytest.mark.parametrize("number", STOPPED, ids=lambda number: number.name)
+def test_an_import_that_is_stopped_while_it_writes_says_what_is_uncertain(db, stopped_at, number):
+    db.with_name("in.csv").write_text("key\nthe-key-of-holder-one\n")
+    err = stopped_at(number, "sqlite3.connect", "mode=rw", "import", "in.csv")
+    told, stopped = err.splitlines()[-2:]
+    assert told == "0 imported, 0 already there, 0 bad."
+    assert stopped == "Error: stopped; 1 more may have been imported; run the same command again to continue"
+
+
 @pytest.mark.servers
 def test_after_a_server_dies_in_commit_the_printed_command_charges_once(database, monkeypatch):
     """Only PostgreSQL has triggers that run at the end of a transaction."""

@@ -258,7 +258,7 @@ def killing_connections(server, url):
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_a_socket_whose_error_the_driver_does_not_know(database, name):
-    """There is a moment in which a socket that was reset has an error and nothing to read. psycopg then raises an error,
+    """For a moment a socket that was reset has an error and nothing to read. psycopg then raises an error of its own,
     and calls the connection open. A pipe whose reader has gone stays in that state."""
     case, engine = CASES[name], create_engine(database.url, pool_size=1, max_overflow=0)
     with closing_engine(engine), SQLAlchemyTokenStore(database.url) as store, SQLAlchemyTokenStore(engine) as broken:

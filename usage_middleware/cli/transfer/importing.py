@@ -51,7 +51,7 @@ def import_tokens(ctx: click.Context, source: str, format_name: str | None, dry_
     A token that is already there is left as it is, so the same command continues an import that was stopped. Bad rows
     are reported and the others are imported; the exit status is 1 then.
     """
-    tally = _Tally("would be imported" if dry_run else "imported")
+    tally = _Tally(dry_run=dry_run)
     try:
         with (
             open_source(source, format_name) as opened,
@@ -70,11 +70,13 @@ def import_tokens(ctx: click.Context, source: str, format_name: str | None, dry_
 class _Tally:
     """How many rows were imported, already there, or bad so far."""
 
-    def __init__(self, verb: str) -> None:
-        self._verb = verb
+    def __init__(self, *, dry_run: bool) -> None:
+        self._dry_run = dry_run
         self.added = 0
         self.there = 0
         self.bad = 0
+        #: Rows of the batch whose transaction is under way.
+        self.uncertain = 0
         self.short_keys = 0
         self.first_short_key = ""
 
@@ -88,8 +90,14 @@ class _Tally:
             self.short_keys += 1
             self.first_short_key = self.first_short_key or f"{unit} {row.number}"
 
+    def stopped(self) -> click.UsageError:
+        # The interrupt may have come before the COMMIT or after it.
+        unsure = f"; {self.uncertain:,} more may have been imported" if self.uncertain and not self._dry_run else ""
+        return click.UsageError(f"stopped{unsure}; run the same command again to continue")
+
     def report(self) -> None:
-        say(f"{self.added:,} {self._verb}, {self.there:,} already there, {self.bad:,} bad.")
+        imported = "would be imported" if self._dry_run else "imported"
+        say(f"{self.added:,} {imported}, {self.there:,} already there, {self.bad:,} bad.")
         if self.short_keys:
             noun = "key has" if self.short_keys == 1 else "keys have"
             say(
@@ -102,10 +110,12 @@ class _Tally:
 def _copy(source: Source, restore: _Restore, tally: _Tally) -> None:
     with Progress("Importing", source.length) as progress:
         for records in _batches(source, tally, progress):
+            tally.uncertain = len(records)
             ids = restore(records)
             there = ids.count(None)
             tally.there += there
             tally.added += len(ids) - there
+            tally.uncertain = 0
             progress.move(source.position)
 
 
@@ -136,7 +146,7 @@ def _reported(tally: _Tally) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         tally.report()
-        raise click.UsageError("stopped; run the same command again to continue") from None
+        raise tally.stopped() from None
     except (StoreError, UnreadableSource):
         if tally.rows:
             tally.report()
