@@ -13,7 +13,6 @@ import string
 from typing import Final
 
 KEY_PREFIX: Final = "sk-"
-_PREFIX_LENGTH: Final = len(KEY_PREFIX)
 KEY_MAX_LENGTH: Final = 512
 # Visible ASCII (RFC 9110 section 5.5, VCHAR) without the comma, which joins two headers of one name into one value.
 KEY_PATTERN: Final = rf"[!-+\--~]{{1,{KEY_MAX_LENGTH}}}"
@@ -27,9 +26,8 @@ HINT_MIN_KEY_LENGTH: Final = 24
 
 def strip_prefix(key: str) -> str:
     """Return the key as stores see it: without any leading ``sk-``, however many there are."""
-    key = key.removeprefix(KEY_PREFIX)
-    while key[:_PREFIX_LENGTH] == KEY_PREFIX:  # A slice costs less than a call, and every request comes here twice.
-        key = key[_PREFIX_LENGTH:]
+    while (stripped := key.removeprefix(KEY_PREFIX)) != key:
+        key = stripped
     return key
 
 

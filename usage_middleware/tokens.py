@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from json import JSONEncoder
+from json.encoder import encode_basestring
 from typing import Final
 
 from .usage import DayUsage
@@ -188,14 +189,14 @@ def wire_form(token: Token) -> str:
         '{"object":"token_usage","name":%s,"total_granted":%d,"total_used":%d,"total_available":%d,'
         '"unlimited_quota":%s,"model_limits":%s,"model_limits_enabled":%s,"expires_at":%d}'
     ) % (
-        _encode_json(token.name),
+        encode_basestring(token.name),
         token.total_used + token.total_available,
         token.total_used,
         token.total_available,
         "true" if token.unlimited_quota else "false",
         encode_model_limits(token.model_limits),
         "true" if token.model_limits_enabled else "false",
-        max(token.expires_at, 0),
+        token.expires_at if token.expires_at > 0 else 0,
     )
 
 

@@ -87,17 +87,11 @@ class Connections:
         self._pools = forks.PerProcess(_Pool, _Pool.close)
         forks.close_before_fork(self)
 
-    def read(self, sql: str, parameters: Sequence[Any]) -> list[Any]:
-        """Return all rows of a query. No cursor stays open, which would keep SQLite from checkpointing."""
-        rows: list[Any] = self._read(sql, parameters, None)
-        return rows
+    def read(self, sql: str, parameters: Sequence[Any], work: Callable[[sqlite3.Connection], Any] | None = None) -> Any:
+        """Return all rows of a query. All are fetched, as a query under way would keep SQLite from checkpointing.
 
-    def look_at_one_moment(self, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
-        """Return what ``work`` returns. It only reads, all of one moment, and may be called again."""
-        result: _Result = self._read("", (), work)
-        return result
-
-    def _read(self, sql: str, parameters: Sequence[Any], work: Callable[[sqlite3.Connection], Any] | None) -> Any:
+        :param work: is called in place of the query; see :meth:`look_at_one_moment`.
+        """
         pool = self._pools.get()
         box: Box = []
         since = 0.0
@@ -105,11 +99,13 @@ class Connections:
             while True:
                 try:
                     self._lend(pool, box)
-                    connection = box[0].connection
+                    handle = box[0]
                     result = (
-                        _at_one_moment(connection, work) if work else connection.execute(sql, parameters).fetchall()
+                        _at_one_moment(handle.connection, work)
+                        if work
+                        else handle.cursor.execute(sql, parameters).fetchall()
                     )
-                    if box[0].frozen is None or not reading.has_changed(box[0]):
+                    if handle.frozen is None or not reading.has_changed(handle):
                         pool.take_back(box)
                         return result
                     close_all(box)
@@ -121,6 +117,11 @@ class Connections:
             close_all(box)
             raise
 
+    def look_at_one_moment(self, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
+        """Return what ``work`` returns. It only reads, all of one moment, and may be called again."""
+        result: _Result = self.read("", (), work)
+        return result
+
     def transact(self, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
         """Return what ``work`` returns, once its transaction is committed.
 
@@ -128,7 +129,8 @@ class Connections:
         """
         if self._read_only:
             raise StoreError(f"{self._path} was opened read-only")
-        self._check_open()
+        if self._closed:
+            raise self._is_closed()
         pool = self._pools.get()
         turn = Turn(pool.queue, Unit(work))
         with turn, turn:
@@ -191,9 +193,8 @@ class Connections:
         self._closed = True
         self._pools.close()
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise StoreError(f"the store of {self._path} is closed")
+    def _is_closed(self) -> StoreError:
+        return StoreError(f"the store of {self._path} is closed")
 
     def _begin(self, pool: _Pool, box: Box) -> None:
         """Put a connection into a box and begin a transaction on it."""
@@ -230,7 +231,8 @@ class Connections:
 
     def _lend(self, pool: _Pool, box: Box, *, write: bool = False) -> None:
         """Put a connection into a box."""
-        self._check_open()
+        if self._closed:
+            raise self._is_closed()
         if write or time.monotonic() >= pool.check_at:
             self._check_file(pool, box)
         if not box:

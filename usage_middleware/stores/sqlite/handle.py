@@ -55,6 +55,8 @@ class Handle:
             check_same_thread=False,  # used by one thread at a time
             factory=initialise,
         )
+        #: For one query after the other. A cursor for each would cost what a column costs.
+        self.cursor = self.connection.cursor()
 
     def close(self) -> None:
         """Close the connection. Calling it again is fine. If it is inherited, leave it alone and never free it."""
