@@ -3,6 +3,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 
 import databases
@@ -26,6 +27,10 @@ if (
     and shutil.disk_usage(MEMORY).free >= 4 * 2**30
 ):
     os.environ["TMPDIR"] = tempfile.tempdir = MEMORY
+
+# Tests start hundreds of processes. Without its bytecode, each would compile the package again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # Programs that run in the background of a shell, or under nohup, ignore some signals, and their children inherit that.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
@@ -95,13 +100,15 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    """All tests, or those of a marker, take the cores of the machine, and a server of each kind for each of them.
+    """Those of a marker take the cores of the machine. All tests take twice as many processes, as many tests wait; each
+    has a server of each kind.
 
     What is named runs in this process, where ``-s`` and a debugger work; so does what is run at its full size.
     """
     if config.args_source is pytest.Config.ArgsSource.ARGS or config.getoption("full"):
         return 0
-    return min(os.cpu_count() or 1, 4)
+    cores = os.cpu_count() or 1
+    return min(cores if config.getoption("markexpr") else 2 * cores, 4)
 
 
 def pytest_addoption(parser):

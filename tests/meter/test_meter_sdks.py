@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+from importlib import import_module
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-import anthropic
-import openai
 import pytest
 from llm_answers import (
     ANTHROPIC_BODY,
@@ -103,14 +102,21 @@ def metered():
         server.server_close()
 
 
+# Both packages take seconds to import, which a run without these tests need not wait for.
+
+
 @pytest.fixture
 def gpt(metered):
+    import openai
+
     with openai.OpenAI(base_url=f"{metered.url}/v1", api_key=f"sk-{KEY}") as client:
         yield client
 
 
 @pytest.fixture
 def claude(metered):
+    import anthropic
+
     with anthropic.Anthropic(base_url=metered.url, api_key=KEY) as client:
         yield client
 
@@ -185,8 +191,12 @@ def message(client):
     return client.messages.create(model="claude-sonnet-4", max_tokens=9, messages=MESSAGES)
 
 
-@pytest.mark.parametrize(("name", "package", "send"), [("gpt", openai, chat), ("claude", anthropic, message)])
+@pytest.mark.parametrize(("name", "module", "send"), [("gpt", "openai", chat), ("claude", "anthropic", message)])
 class TestRefusals:
+    @pytest.fixture
+    def package(self, module):
+        return import_module(module)
+
     def refused(self, request, name, send, error):
         with pytest.raises(error) as caught:
             send(request.getfixturevalue(name))
@@ -196,7 +206,7 @@ class TestRefusals:
         metered.store.charge(KEY, 9900)
         error = self.refused(request, name, send, package.APIStatusError)
         assert error.status_code == 402
-        assert error.body["error" if package is anthropic else "code"]
+        assert error.body["error" if package.__name__ == "anthropic" else "code"]
         assert "used up" in str(error)
         assert metered.requests == 1  # not sent again
 

@@ -40,7 +40,7 @@ from usage_middleware.keys import strip_prefix
 MOST_TOKENS = 3
 A_DAY = 86_400
 
-EXAMPLES, STEPS = 160, 4_000
+EXAMPLES, STEPS = 100, 2_500
 FULL_EXAMPLES, FULL_STEPS = 3_000, 100_000
 STEPS_OF_AN_EXAMPLE = 50  # at most
 
@@ -397,7 +397,7 @@ def make_store(kind, request, tmp_path):
 def test_a_store_does_what_the_model_does(kind, make_store, full):
     steps = itertools.count()
     # A server takes longer for each, and the rules are the same.
-    smaller = 20 if kind in databases.KINDS else 1
+    smaller = 16 if kind in databases.KINDS else 1
     run_state_machine_as_test(
         lambda: Machine(make_store, steps),
         settings=settings(

@@ -15,59 +15,60 @@ from usage_middleware import Operation, SQLiteTokenStore, StoreError, Token
 from usage_middleware.testing.field_contract import FieldContract
 from usage_middleware.testing.fixtures import Clock, Holder
 
+FOUND_BY = {
+    LocksItsThreads: {"test_another_process_waits_for_a_transaction"},
+    RepeatsCommits: {"test_an_operation_is_never_made_twice"},
+    RaisesWhatItsDriverRaises: {
+        "test_an_operation_is_never_made_twice",
+        "test_a_folder_that_is_missing_is_a_store_error",
+    },
+    TrustsItsRows: {"test_a_row_that_is_not_a_token_is_a_store_error[model_limits-value0]"},
+    SkipsItsRows: {"test_a_row_that_is_not_a_token_is_a_store_error[model_limits-value0]"},
+}
+
 MODULE = """
-import wrong_stores
 from usage_middleware import SQLiteTokenStore
 from usage_middleware.testing import QuotaStoreContract
-
-Store = {store}
-
-class TestStore(QuotaStoreContract):
+from wrong_stores import *
+"""
+CLASS = """
+class Test{store}(QuotaStoreContract):
     def make_store(self, tmp_path):
-        return Store(tmp_path / "tokens.db")
+        return {store}(tmp_path / "tokens.db")
 """
 
+CHOSEN = "every_field or made_twice or store_error or another_process"
 
-def failures(tmp_path, store, tests):
-    """The names of the tests of the contract that a store fails, of those that are chosen."""
-    (tmp_path / "test_it.py").write_text(MODULE.format(store=store))
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    """The names of the tests of the contract that each store fails, of those that are chosen."""
+    folder = tmp_path_factory.mktemp("contract")
+    stores = [store.__name__ for store in (SQLiteTokenStore, *FOUND_BY)]
+    (folder / "test_it.py").write_text(MODULE + "".join(CLASS.format(store=store) for store in stores))
     command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-n0", "-c", ROOT / "setup.cfg", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, f"--rootdir={tmp_path}", tmp_path / "test_it.py", "-k", tests],
-        cwd=tmp_path,
+        [*command, f"--rootdir={folder}", folder / "test_it.py", "-k", CHOSEN],
+        cwd=folder,
         env=environment(),
         stdout=subprocess.PIPE,
         text=True,
     )
     assert done.returncode in (0, 1), done.stdout
-    assert re.search(r"^\d+ (passed|failed)", done.stdout, re.MULTILINE), done.stdout
-    return set(re.findall(r"^(?:FAILED|ERROR) test_it\.py::TestStore::(\S+)", done.stdout, re.MULTILINE))
-
-
-CHOSEN = "every_field or made_twice or store_error or another_process"
-
-
-@pytest.mark.slow
-def test_a_store_that_is_right_passes(tmp_path):
-    assert failures(tmp_path, "SQLiteTokenStore", CHOSEN) == set()
+    assert re.search(r"^\d+ failed, \d+ passed", done.stdout, re.MULTILINE), done.stdout
+    found = re.findall(r"^(?:FAILED|ERROR) test_it\.py::Test(\w+)::(\S+)", done.stdout, re.MULTILINE)
+    return {store: {test for failing, test in found if failing == store} for store in stores}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("store", "found_by"),
-    [
-        (LocksItsThreads, {"test_another_process_waits_for_a_transaction"}),
-        (RepeatsCommits, {"test_an_operation_is_never_made_twice"}),
-        (
-            RaisesWhatItsDriverRaises,
-            {"test_an_operation_is_never_made_twice", "test_a_folder_that_is_missing_is_a_store_error"},
-        ),
-        (TrustsItsRows, {"test_a_row_that_is_not_a_token_is_a_store_error[model_limits-value0]"}),
-        (SkipsItsRows, {"test_a_row_that_is_not_a_token_is_a_store_error[model_limits-value0]"}),
-    ],
-)
-def test_a_wrong_store_is_found(tmp_path, store, found_by):
-    assert found_by <= failures(tmp_path, f"wrong_stores.{store.__name__}", CHOSEN)
+def test_a_store_that_is_right_passes(failures):
+    assert failures["SQLiteTokenStore"] == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store", FOUND_BY)
+def test_a_wrong_store_is_found(failures, store):
+    assert FOUND_BY[store] <= failures[store.__name__]
 
 
 @pytest.mark.parametrize("saved", [True, False], ids=["saved", "inserted"])
