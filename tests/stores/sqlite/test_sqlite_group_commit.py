@@ -1,5 +1,6 @@
 """Threads that write at once: one of them commits for all, and each gets its own answer."""
 
+import os
 import signal
 import sqlite3
 import subprocess
@@ -353,6 +354,45 @@ def test_work_that_is_being_done_is_waited_for(path, threads):
         assert inside.wait(30)
         assert store._transact(work) != threading.get_ident()
         leader.result(30)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_does_not_wait_for_work_that_only_its_parent_does(store, threads, monkeypatch):
+    monkeypatch.setattr("usage_middleware.forks._PATIENCE", 0.1)
+    parent, inside, forked, statuses = os.getpid(), threading.Event(), threading.Event(), []
+
+    def fork(number, frame):
+        child = os.fork()
+        if child:
+            statuses.append(os.waitpid(child, 0)[1])
+            forked.set()
+        else:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(20)  # which ends it
+
+    def lead(transaction):
+        inside.set()
+        wait_for_waiting(store, 1)
+
+    def work(transaction):
+        signal.raise_signal(signal.SIGALRM)  # for the main thread, which waits
+        assert forked.wait(30)
+
+    signal.signal(signal.SIGALRM, fork)
+    try:
+        leader = threads.submit(store._transact, lead)
+        assert inside.wait(30)
+        store._transact(work)
+    except BaseException as error:
+        if os.getpid() == parent:
+            raise
+        os._exit(7 if isinstance(error, StoreError) else 8)
+    finally:
+        if os.getpid() != parent:
+            os._exit(9)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    leader.result(30)
+    assert [os.waitstatus_to_exitcode(status) for status in statuses] == [7]
 
 
 # --- Many

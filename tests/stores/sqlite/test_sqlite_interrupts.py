@@ -14,7 +14,9 @@ import signal
 import sqlite3
 import sys
 import threading
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -281,6 +283,20 @@ def test_a_turn_whose_owner_died_is_taken(tmp_path, monkeypatch):
             SQLiteTokenStore.charge(_impatient(store), key, 1)
         del turn
         assert store.charge(key, 1).total_used == 1
+
+
+def test_a_turn_whose_owner_died_is_taken_by_a_thread_that_waits(tmp_path):
+    """Nothing wakes it."""
+    with SQLiteTokenStore(tmp_path / "tokens.db", timeout=60) as store, ThreadPoolExecutor(1) as thread:
+        key, _ = create(store)
+        queue = store._connections._pools.get().queue
+        turn = Turn(queue, Unit(None))
+        assert turn.take(0)
+        charge = thread.submit(store.charge, key, 1)
+        while not queue.waiting:
+            time.sleep(0.001)
+        del turn
+        assert charge.result(20).total_used == 1
 
 
 def interrupt_turns_without_an_end(path, stride):

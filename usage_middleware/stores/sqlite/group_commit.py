@@ -195,8 +195,9 @@ class Turn:
         """Close the connection if it was not returned, which rolls back its transaction, and release the lock."""
         if not self._give_up() and self._queue.writing[:1] != [self.reference]:
             # Another thread runs the unit or has run it. Wait until it is known whether it was committed.
-            while not self.unit.committed and not self._acquire():
-                self._wait(math.inf)
+            with suppress(NoTurn):  # a child has no other thread
+                while not self.unit.committed and not self._acquire():
+                    self._wait(math.inf)
         close_all(self.box)
         self._queue.leave(self)
 
