@@ -38,6 +38,19 @@ def watched_statements():
     statements = Statements()
     opened = []
 
+    class Cursor(sqlite3.Cursor):
+        def execute(self, sql, *parameters):
+            statements.seen.append(sql)
+            number = len(statements.seen)
+            statements.reach((number, "before"))
+            super().execute(sql, *parameters)
+            try:
+                statements.reach((number, "after"))
+            except BaseException:
+                self.close()  # the traceback has it
+                raise
+            return self
+
     class Connection(sqlite3.Connection):
         is_closed = False
 
@@ -49,17 +62,11 @@ def watched_statements():
             super().close()
             self.is_closed = True
 
-        def execute(self, sql, *parameters):
-            statements.seen.append(sql)
-            number = len(statements.seen)
-            statements.reach((number, "before"))
-            cursor = super().execute(sql, *parameters)
-            try:
-                statements.reach((number, "after"))
-            except BaseException:
-                cursor.close()  # only this frame, and so the traceback, has it
-                raise
-            return cursor
+        def cursor(self):
+            return super().cursor(Cursor)
+
+        def execute(self, *arguments):
+            return self.cursor().execute(*arguments)
 
         def rollback(self):
             statements.reach("rollback")
