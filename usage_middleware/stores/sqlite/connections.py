@@ -99,13 +99,13 @@ class Connections:
             while True:
                 try:
                     self._lend(pool, box)
-                    handle = box[0]
+                    # No variable refers to the handle: with a traceback it would outlive its box.
                     result = (
-                        _at_one_moment(handle.connection, work)
+                        _at_one_moment(box[0].connection, work)
                         if work
-                        else handle.cursor.execute(sql, parameters).fetchall()
+                        else box[0].cursor.execute(sql, parameters).fetchall()
                     )
-                    if handle.frozen is None or not reading.has_changed(handle):
+                    if box[0].frozen is None or not reading.has_changed(box[0]):
                         pool.take_back(box)
                         return result
                     close_all(box)
