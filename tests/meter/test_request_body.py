@@ -63,7 +63,6 @@ def status(given, ask=requested_model):
         pytest.param(b'{"a":{"model":"gpt-4o"}}', None, id="deeper"),
         pytest.param(b'[{"model":"gpt-4o"}]', None, id="an array"),
         pytest.param(b"", None, id="no body"),
-        pytest.param(b"model=gpt-4o", None, id="a form"),
         pytest.param(b" ", None, id="white space alone"),
     ],
 )
@@ -93,6 +92,15 @@ def test_the_model_is_read_from_the_body(body, model):
         pytest.param(b'{"model":}', id="no value"),
         pytest.param(b'{"model":"\xff"}', id="not UTF-8"),
         pytest.param(b'{7:"a"}', id="a number for a name"),
+        pytest.param(b'/**/{"model":"a"}', id="after a comment"),
+        pytest.param(b"model=a", id="a form"),
+        pytest.param(b'[{"model":"a"}]]', id="an array, and more"),
+        pytest.param(b"[" * 100_000 + b"]" * 100_000, id="arrays nested deeply"),
+        pytest.param('{"model":"a"}'.encode("cp037"), id="EBCDIC"),
+        pytest.param(b'{"stream":true,"stream":false}', id="stream twice"),
+        pytest.param(b'{"stream":true,"Stream":false}', id="stream in another case"),
+        pytest.param('{"stream":false,"\u017ftream":true}'.encode(), id="stream with a long s"),
+        pytest.param(b'{"stream_options":{},"Stream_Options":{"include_usage":true}}', id="options in another case"),
         pytest.param(b'{"a":' * 100_000, id="nested deeply"),
         pytest.param(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", id="lists nested deeply"),
         pytest.param(b'{"a":[' + b"[]," * 700_000 + b'1],"model":"a"}', id="many values"),
@@ -105,6 +113,35 @@ def test_a_body_from_which_services_may_read_another_model_is_refused(body):
 def test_text_may_begin_like_json_if_its_type_is_another():
     assert requested_model(request(b"{{template}}", kind="text/plain")) is None
     assert status(request(b"{{template}}", kind="")) == 400
+    assert requested_model(request(b"model=gpt-4o", kind="application/x-www-form-urlencoded")) is None
+
+
+@pytest.mark.parametrize("more", [b" and more", b',"a":"\xff"}'], ids=["more", "not UTF-8"])
+def test_what_a_service_that_ignores_types_reads_as_an_object_must_be_one(more):
+    """Services in Go read the first value of a body, whatever its type, and accept any bytes in its strings."""
+    assert requested_model(request(BODY, kind="text/plain")) == MODEL
+    body = BODY.removesuffix(b"}") + more if more.startswith(b",") else BODY + more
+    for bom in (b"", b"\xef\xbb\xbf"):
+        assert status(request(bom + b" " + body, kind="text/plain")) == 400
+
+
+def test_a_charset_in_which_services_may_read_another_model_is_refused():
+    hidden = b'{"model":"small","+AG0AbwBkAGUAbA-":"large"}'
+    assert json.loads(hidden.decode("utf-7")) == {"model": "large"}
+    for kind in (
+        "application/json; charset=utf-7",
+        'text/plain;a=b;charset="UTF-7"',
+        "application/json;charset = utf-7",
+    ):
+        assert status(request(hidden, kind=kind)) == 415
+    for kind in (
+        "application/json; charset=utf-8",
+        'application/json;charset="UTF-8"',
+        "application/json;charset=utf8",
+    ):
+        assert requested_model(request(hidden, kind=kind)) == "small"
+    assert requested_model(request(BODY.decode().encode("utf-16"), kind="application/json; charset=utf-16")) == MODEL
+    assert requested_model(request(b"{{template}}", kind="text/plain; charset=shift_jis")) is None
 
 
 def test_a_compressed_request_is_refused():
@@ -190,12 +227,28 @@ ASKED = {**STREAM, "stream_options": {"include_usage": True}}
             {**STREAM, "stream_options": {"a": [1], "include_usage": True}},
             id="other options",
         ),
+        pytest.param(
+            {**STREAM, "stream_options": {"include_usage": False}, "input": None},
+            {**ASKED, "input": None},
+            id="a member of OpenAI's responses",
+        ),
+        pytest.param({**STREAM, "Stream_Options": {"include_usage": False}}, ASKED, id="options in another case"),
+        pytest.param(
+            {"model": MODEL, "messages": STREAM["messages"], "\u017ftream": True},
+            {
+                "model": MODEL,
+                "messages": STREAM["messages"],
+                "\u017ftream": True,
+                "stream_options": {"include_usage": True},
+            },
+            id="a long s",
+        ),
     ],
 )
 @pytest.mark.parametrize("indent", [None, 1])
 def test_the_usage_of_a_stream_is_asked_for(body, after, indent):
     text = json.dumps(body, indent=indent, ensure_ascii=indent is None).encode()
-    given = request(text, HTTP_ACCEPT_ENCODING="gzip")
+    given = request(text, HTTP_ACCEPT_ENCODING="gzip", HTTP_ANTHROPIC_VERSION="2023-06-01")
     assert ask_for_usage(given)
     sent = given["wsgi.input"].read(int(given["CONTENT_LENGTH"]))
     assert given["wsgi.input"].read() == b""
@@ -209,12 +262,11 @@ def test_the_usage_of_a_stream_is_asked_for(body, after, indent):
     [
         pytest.param(ASKED, {}, id="the client asks"),
         pytest.param({**STREAM, "stream": False}, {}, id="not a stream"),
-        pytest.param({**STREAM, "stream": "true"}, {}, id="not a boolean"),
         pytest.param({"model": MODEL}, {}, id="no stream"),
-        pytest.param({**STREAM, "stream_options": "include_usage"}, {}, id="options that are not an object"),
-        pytest.param({**STREAM, "input": "Hello"}, {}, id="OpenAI responses"),
-        pytest.param(STREAM, {"HTTP_ANTHROPIC_VERSION": "2023-06-01"}, id="Anthropic"),
-        pytest.param(STREAM, {"path": "/v1/messages"}, id="Anthropic's path"),
+        pytest.param({**STREAM, "stream": None}, {}, id="null"),
+        pytest.param(STREAM, {"path": "/v1/responses"}, id="OpenAI responses"),
+        pytest.param(STREAM, {"path": "/v1/messages"}, id="Anthropic"),
+        pytest.param(STREAM, {"path": "/v1/messages/"}, id="Anthropic with a slash"),
         pytest.param([STREAM], {}, id="an array"),
     ],
 )
@@ -224,8 +276,28 @@ def test_the_usage_is_not_asked_for(body, variables):
     given["PATH_INFO"] = variables.pop("path", "/v1/chat/completions")
     given.update(variables)
     assert not ask_for_usage(given)
-    assert given["wsgi.input"].read() == text
+    assert json.loads(given["wsgi.input"].read()) == body
     assert given["HTTP_ACCEPT_ENCODING"] == "gzip"
+
+
+def test_options_in_another_case_do_not_overrule_what_is_asked_for():
+    given = request(b'{"stream":true,"stream_options":{"include_usage":true,"Include_Usage":false}}')
+    assert not ask_for_usage(given)
+    # Servers in Go take the last.
+    assert given["wsgi.input"].read().endswith(b'{"Include_Usage": false, "include_usage": true}}')
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        pytest.param({"stream": "true"}, id="a string"),
+        pytest.param({"stream": 1}, id="a number"),
+        pytest.param({"stream": True, "stream_options": "include_usage"}, id="options that are a string"),
+        pytest.param({"stream": True, "stream_options": []}, id="options that are an array"),
+    ],
+)
+def test_what_services_may_take_for_a_stream_without_its_usage_is_refused(members):
+    assert status(request(json.dumps(members).encode()), ask_for_usage) == 400
 
 
 def test_the_rest_of_a_request_stays_as_the_client_wrote_it():
@@ -254,6 +326,11 @@ def test_any_object_keeps_its_other_members(members, indent, ascii, asked):  # n
         members["stream"] = True
     body = json.dumps(members, indent=indent, ensure_ascii=ascii).encode("utf-8", "surrogatepass")
     given = request(body)
+    stream, options = members.get("stream"), members.get("stream_options")
+    is_stream = stream is not None and stream is not False
+    if is_stream and not (stream is True and isinstance(options, dict | None)):
+        assert status(given, ask_for_usage) == 400
+        return
     was_asked = ask_for_usage(given)
     after = json.loads(given["wsgi.input"].read().decode("utf-8", "surrogatepass"))
     assert ("include_usage" in str(after.get("stream_options"))) >= was_asked

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Final
 
+from werkzeug.exceptions import BadRequest
+
 from .figures import Figures
 from .request_body import request_body
 from .streams import MOST_EVENT, EventStream
@@ -21,26 +23,32 @@ _MOST_HELD: Final = 2 * MOST_EVENT
 
 
 def ask_for_usage(environ: WSGIEnvironment) -> bool:
-    """Set ``stream_options.include_usage`` in a request for a stream, unless the client has set it.
+    """Set ``stream_options.include_usage`` in a request for a stream.
 
-    :return: whether it was set, so that the event with the usage must be removed.
+    :return: whether the client has not set it, so that the event with the usage must be removed.
+    :raises BadRequest: it is unclear whether this asks for a stream, or with which options.
     """
     body = request_body(environ)
-    stream = body.members.get("stream")
-    if stream is None or stream.value is not True:
+    member = body.members.get("stream")
+    stream = None if member is None else member.value
+    if stream is None or stream is False:
         return False
-    # Responses and messages always state their usage, and refuse unknown options.
-    if "input" in body.members or "HTTP_ANTHROPIC_VERSION" in environ:
+    # Responses and messages always state their usage, and refuse unknown options. Only the path says which of them
+    # answers: a client can add any member or header to hide the usage of another stream.
+    if environ.get("PATH_INFO", "").rstrip("/").endswith(("/messages", "/responses")):
         return False
-    if environ.get("PATH_INFO", "").endswith("/messages"):
-        return False
+    # Some services take 1 and "true" for true.
+    if stream is not True:
+        raise BadRequest("The request's stream must be true or false.")
     member = body.members.get("stream_options")
-    options = None if member is None else member.value
-    if options is None:
-        options = {}
-    if not isinstance(options, dict) or options.get("include_usage") is True:
+    options = {} if member is None or member.value is None else member.value
+    if not isinstance(options, dict):
+        raise BadRequest("The request's stream_options must be an object.")
+    # It comes last, because servers in Go accept names in any case and take the last.
+    others = {name: value for name, value in options.items() if name != "include_usage"}
+    body.set(environ, "stream_options", json.dumps({**others, "include_usage": True}))
+    if options.get("include_usage") is True:
         return False
-    body.set(environ, "stream_options", json.dumps({**options, "include_usage": True}))
     environ["HTTP_ACCEPT_ENCODING"] = "identity"  # an event cannot be removed from a compressed stream
     return True
 

@@ -31,12 +31,16 @@ _MOST_VALUES: Final = 2**20
 _PIECE: Final = 2**16
 _ENVIRON_KEY: Final = "usage_middleware.request_body"
 _WHITE_SPACE: Final = re.compile(r"[ \t\n\r]*")
-_WANTED: Final = frozenset(("input", "model", "stream", "stream_options"))
+# In these, the same bytes are the same JSON, but for the letters in its strings.
+_CHARSET: Final = re.compile(r'charset="?(?:utf-?(?:8|16|32)|us-ascii|iso-8859-1)"?')
+# How a JSON object begins, complete or not.
+_OBJECT: Final = re.compile(rb'(?:\xef\xbb\xbf)?[ \t\n\r]*\{[ \t\n\r]*["}]')
+_WANTED: Final = frozenset(("model", "stream", "stream_options"))
 _DECODER: Final = json.JSONDecoder()
 
 
 class Member(NamedTuple):
-    """The value of a member of a JSON object, and its place in the text."""
+    """The value of a member of a JSON object, and the place of the member in the text."""
 
     value: object
     begin: int
@@ -48,14 +52,14 @@ class RequestBody:
 
     :raises RequestEntityTooLarge: it has more than 32 MiB.
     :raises LengthRequired: neither the client nor the server says where it ends.
-    :raises UnsupportedMediaType: it is compressed.
-    :raises BadRequest: it is malformed JSON, a JSON object that names its model twice, or was cut.
+    :raises UnsupportedMediaType: it is compressed, or JSON in an unusual charset.
+    :raises BadRequest: it is malformed JSON, a JSON object that has a member twice, or was cut.
     """
 
     def __init__(self, environ: WSGIEnvironment) -> None:
         self._file: IO[bytes] = BytesIO()
         self._text = ""
-        #: The members of its JSON object that matter here, by their names in lower case.
+        #: The members of its JSON object that matter here, by their names without regard to case.
         self.members: dict[str, Member] = {}
         if environ.get("HTTP_CONTENT_ENCODING", "").strip().lower() not in ("", "identity"):
             raise UnsupportedMediaType("This service does not take compressed requests.")
@@ -79,7 +83,7 @@ class RequestBody:
             begin = body.index("{") + 1
             body = f'{body[:begin]}"{name}":{text},{body[begin:]}'
         else:
-            body = body[: member.begin] + text + body[member.end :]
+            body = f'{body[: member.begin]}"{name}":{text}{body[member.end :]}'
         self.close()
         data = body.encode("utf-8", "surrogatepass")
         self._file = BytesIO(data)
@@ -131,19 +135,35 @@ class RequestBody:
     def _parse(self, kind: str) -> None:
         try:
             text = self._whole()
-            if not text.startswith("{", _skip(text, 0)):
-                return
-            for name, member in _members(text):
-                # Servers in Go accept names in any case, and most take the last of two with the same name.
-                name = name.lower()
-                if name in _WANTED:
-                    if name == "model" and name in self.members:
-                        raise BadRequest("The request names its model twice.")
-                    self.members[name] = member
+            at = _skip(text, 0)
+            if text.startswith("{", at):
+                self._take_members(text)
+                # RFC 8259 section 8.1 requires UTF-8. Some services decode what is declared, and read other members.
+                if "charset" in _CHARSET.sub("", kind):
+                    raise UnsupportedMediaType("This service takes JSON only in UTF-8.")
+            elif "json" in kind and at < len(text):
+                _check_value(text, at)
         except ValueError:
             self.members.clear()
-            if kind == "" or "json" in kind:
+            if kind == "" or "json" in kind or self._begins_like_an_object():
                 raise BadRequest("The request's body is not valid JSON.") from None
+
+    def _take_members(self, text: str) -> None:
+        for name, member in _members(text):
+            # Servers in Go accept names in any case, even a long s (U+017F). Services disagree about which of two
+            # members with the same name counts.
+            name = name.casefold()
+            if name in _WANTED:
+                if name in self.members:
+                    raise BadRequest(f"The request has more than one {name}.")
+                self.members[name] = member
+
+    def _begins_like_an_object(self) -> bool:
+        """Return whether a service that ignores the type of the body, and what follows an object, may read one."""
+        self._file.seek(0)
+        data = self._file.read()
+        self._file.seek(0)
+        return _OBJECT.match(data) is not None
 
 
 def request_body(environ: WSGIEnvironment) -> RequestBody:
@@ -191,16 +211,15 @@ def _members(text: str) -> Iterator[tuple[str, Member]]:
 
     :raises ValueError: the text is not a JSON object, is nested too deeply, or has too many values.
     """
-    if text.count(",") + text.count("[") + text.count("{") > _MOST_VALUES:
-        raise ValueError("too many values in one JSON text")
+    _check_size(text)
     at = _skip(text, _expect(text, _skip(text, 0), "{"))
     if not text.startswith("}", at):
         while True:
-            name, at = _decode(text, at)
+            begin = at
+            name, at = _decode(text, begin)
             if not isinstance(name, str):
                 raise ValueError("a name must be a string")
-            begin = _skip(text, _expect(text, _skip(text, at), ":"))
-            value, end = _decode(text, begin)
+            value, end = _decode(text, _skip(text, _expect(text, _skip(text, at), ":")))
             yield name, Member(value, begin, end)
             at = _skip(text, end)
             if not text.startswith(",", at):
@@ -208,6 +227,18 @@ def _members(text: str) -> Iterator[tuple[str, Member]]:
             at = _skip(text, at + 1)
     if _skip(text, _expect(text, at, "}")) != len(text):
         raise ValueError("more than one JSON value")
+
+
+def _check_value(text: str, at: int) -> None:
+    """:raises ValueError: the text that begins at ``at`` is not one JSON value."""
+    _check_size(text)
+    if _skip(text, _decode(text, at)[1]) != len(text):
+        raise ValueError("more than one JSON value")
+
+
+def _check_size(text: str) -> None:
+    if text.count(",") + text.count("[") + text.count("{") > _MOST_VALUES:
+        raise ValueError("too many values in one JSON text")
 
 
 def _decode(text: str, at: int) -> tuple[object, int]:
