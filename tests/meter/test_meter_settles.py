@@ -2,12 +2,16 @@
 
 import gzip
 import itertools
+from threading import Event
 
 import pytest
+from client import environ
 from llm_answers import ANTHROPIC_STREAM, CHAT_BODY, CHAT_STREAM, GEMINI_STREAM, compact, event, responses_stream
-from metering import Host, interrupted
+from metering import KEY, Host, interrupted
+from raw_service import WAIT, serving
+from werkzeug.exceptions import ClientDisconnected
 
-from usage_middleware import FromHeader, LLMUsage
+from usage_middleware import FromHeader, LLMUsage, Proxy
 
 MOST = 500
 HEADER = FromHeader("X-Usage-Cost", most=MOST)
@@ -348,6 +352,78 @@ def test_a_server_that_cannot_send_has_lost_its_client(metered, error):
     served.next()
     interrupted(error())(served.close)
     assert metered.settled() == (MOST, "reserved", "abandoned")
+
+
+def test_an_application_that_cannot_write_has_lost_its_client(metered):
+    def app(environ, start_response):
+        write = start_response("200 OK", [])
+        write(b"one")
+        try:
+            write(b"two")
+        except BrokenPipeError:
+            raise RuntimeError("what the application makes of it") from None
+
+    def start_response(status, headers):
+        return sent.append
+
+    class Sent(list):
+        def append(self, data):
+            if self:
+                raise BrokenPipeError
+            super().append(data)
+
+    sent = Sent()
+    metered = metered(app, cost=3)
+    with pytest.raises(RuntimeError):
+        metered.meter(environ("GET", "/work", HTTP_AUTHORIZATION=f"Bearer {KEY}"), start_response)
+    assert sent == [b"one"]
+    assert metered.settled() == (3, "reserved", "abandoned")
+
+
+@pytest.mark.parametrize(
+    ("has_head", "settled"), [(True, (3, "reserved", "abandoned")), (False, (0, "free", "failed"))]
+)
+def test_a_client_that_breaks_off_its_request_has_left(metered, has_head, settled):
+    """werkzeug raises this if an application reads a request that is not complete."""
+
+    def app(environ, start_response):
+        if has_head:
+            start_response("200 OK", [])
+        raise ClientDisconnected
+
+    metered = metered(app, cost=3)
+    with pytest.raises(ClientDisconnected):
+        metered.serve().finish()
+    assert metered.settled() == settled
+
+
+def test_a_client_that_holds_back_its_request_and_breaks_it_off_pays(metered):
+    """Some services answer before they have read all of the request, and the client gets most of the answer."""
+
+    def handle(connection):
+        connection.head()
+        connection.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n6\r\nanswer\r\n")
+        has_answer.set()
+        return connection.is_closed_by_peer()
+
+    class Body:
+        blocks = iter([b"{}", b" "])
+
+        def read(self, size):
+            block = next(self.blocks, b"")
+            assert block == b"{}" or has_answer.wait(WAIT)
+            return block
+
+    has_answer = Event()
+    with serving(handle) as service:
+        metered = metered(Proxy(service.url), cost=3)
+        served = metered.serve("POST", CONTENT_LENGTH="9", **{"wsgi.input": Body()})
+        assert served.next() == b"answer"
+        with pytest.raises(ClientDisconnected):
+            served.next()
+        served.close()
+        assert service.result()
+    assert metered.settled() == (3, "reserved", "abandoned")
 
 
 # --- What the application states through environ

@@ -15,6 +15,7 @@ from threading import Event
 import pytest
 from client import call, environ
 from raw_service import WAIT, answering, bodies, serving
+from werkzeug.exceptions import ClientDisconnected
 
 from usage_middleware import Proxy, UpstreamError, UpstreamTimeout
 from usage_middleware.wsgi.refusals import Refused
@@ -317,7 +318,8 @@ def test_a_request_that_is_cut_is_cut_for_the_service(framing):
         assert service.result()
 
 
-def test_a_body_that_ends_early_ends_the_answer_too():
+@pytest.mark.parametrize("error", [None, OSError("the client is gone")])
+def test_a_body_that_ends_early_ends_the_answer_too(error):
     def handle(connection):
         connection.head()
         connection.send(LENGTH + b"abc")
@@ -328,13 +330,16 @@ def test_a_body_that_ends_early_ends_the_answer_too():
         yield BLOCK
         assert has_answer.wait(WAIT)
         yield BLOCK
+        if error is not None:
+            raise error
 
     has_answer = Event()
     with serving(handle) as service:
         variables = {"wsgi.input": Input(pieces()), "CONTENT_LENGTH": str(UPLOAD)}
         result = Proxy(service.url)(environ("POST", **variables), started()[0])
-        with pytest.raises(Refused):
+        with pytest.raises(ClientDisconnected) as caught:
             list(result)
+        assert caught.value.__cause__ is error or isinstance(caught.value.__cause__, Refused)
         assert service.result()
 
 

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
+from werkzeug.exceptions import ClientDisconnected
+
 from .costs import Cost, CostReader, FixedReader, Headers, Usage
 from .request_body import RequestBody
 from .settlement import Abandoned, Basis, Head, Outcome, Reservation, charge
@@ -101,7 +103,12 @@ class MeteredAnswer:
         assert self._server_write is not None
         data = self._pass(data)
         if data:
-            self._server_write(data)
+            try:
+                self._server_write(data)
+            except Exception:
+                # The server cannot send, because the client has left. The application may raise something else now.
+                self._settle_as("abandoned")
+                raise
 
     # --- Called by the server.
 
@@ -117,8 +124,8 @@ class MeteredAnswer:
                 if rest:
                     return rest
                 raise
-            except BaseException:
-                self.fail()
+            except BaseException as error:
+                self.fail(error)
                 raise
             handed_on = self._pass(data)
             # Never pass on an empty chunk that the application did not send: some servers end a body with it.
@@ -185,9 +192,13 @@ class MeteredAnswer:
         self._finish()
         return True
 
-    def fail(self) -> None:
-        """Settle an answer that the application broke off."""
-        self._settle_as("failed")
+    def fail(self, error: BaseException | None = None) -> None:
+        """Settle an answer that the application broke off.
+
+        :param error: what it raised. ``ClientDisconnected`` says that the client broke off its request.
+        """
+        is_left = isinstance(error, ClientDisconnected) and self._head is not None
+        self._settle_as("abandoned" if is_left else "failed")
 
     # --- The rest.
 

@@ -167,8 +167,8 @@ class UsageMeter:
                 close_request_body(environ)
                 return iterable
             return answer.wrap(iterable, read_body(environ))
-        except BaseException:
-            answer.fail()
+        except BaseException as error:
+            answer.fail(error)
             close_request_body(environ)
             raise
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from http.client import HTTPConnection
 from typing import TYPE_CHECKING, Final
 
+from werkzeug.exceptions import ClientDisconnected
+
 from ...errors import UpstreamError, UpstreamTimeout
 from .answers import Answer, AnswerReader
 
@@ -47,6 +49,7 @@ class Exchange:
         self._unsent = memoryview(b"")
         self._parts: Iterator[Answer | bytes | None] = iter(())
         self._failure: UpstreamError | None = None
+        self._has_answered = False
 
     def close(self) -> None:
         """Close the connection. A service that is still sending sees that its client is gone."""
@@ -68,6 +71,7 @@ class Exchange:
             if isinstance(part, Answer):
                 if part.status >= 300:
                     self._body = None
+                self._has_answered = True
                 return part
             self._reader.feed(self._receive())
         raise AssertionError("an answer without a head is an UpstreamError")
@@ -76,6 +80,7 @@ class Exchange:
         """Return the next part of the body as soon as it arrives, or ``b""`` at its end.
 
         :raises UpstreamError: the body is incomplete.
+        :raises ClientDisconnected: the service is still reading the request, which is incomplete.
         """
         if self._failure is not None:
             raise self._failure
@@ -102,12 +107,21 @@ class Exchange:
                 return data
             if self._can_send():
                 if not self._unsent:
-                    self._unsent = memoryview(self._body.read())  # waits for the client
+                    self._unsent = memoryview(self._next_block(self._body))
                 self._send()
         data = self._receive_within(self._read_timeout)
         if data is None:
             raise UpstreamTimeout(f"it has been silent for {self._read_timeout:g} s")
         return data
+
+    def _next_block(self, body: RequestBody) -> bytes:
+        """Wait for the client to send more of its request."""
+        try:
+            return body.read()
+        except Exception as error:
+            if not self._has_answered:
+                raise
+            raise ClientDisconnected from error
 
     def _receive_within(self, seconds: float) -> bytes | None:
         self._socket.settimeout(seconds)
