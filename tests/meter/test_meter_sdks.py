@@ -220,10 +220,8 @@ class TestRefusals:
         """The package waits a second, as Retry-After says, and succeeds."""
         metered.store.charge(KEY, 9000)
         operation = metered.store.reserve(KEY, 900)
-        release = threading.Timer(0.3, metered.store.settle, (operation, 0))
-        release.start()
+        metered.change(on_refused=lambda reason: metered.store.settle(operation, 0))
         answer = send(request.getfixturevalue(name))
-        release.join()
         assert answer.usage
         assert metered.requests == 2
 
