@@ -203,19 +203,44 @@ def test_a_database_that_fails_later(path, caplog, store, trouble, says):
     assert status(store, key) == 200
 
 
+def put_in_place(restored, path):
+    for suffix in SUFFIXES[1:]:
+        os.unlink(f"{path}{suffix}")
+    os.replace(restored, path)
+
+
 def test_a_database_that_is_put_in_its_place_is_used_from_then_on(path, store):
     restored = path.with_name("backup.db")
     with SQLiteTokenStore(restored) as backup:
         key, token = create(backup, name="from the backup")
     create(store, name="lost")
-    for suffix in SUFFIXES[1:]:
-        os.unlink(f"{path}{suffix}")
-    os.replace(restored, path)
+    put_in_place(restored, path)
     # A reader may take a second to notice, a writer never does.
     create(store, name="new")
     assert store.get(key) == token
     assert [token.name for token in store.tokens()] == ["from the backup", "new"]
     assert sql(path, "SELECT name FROM tokens ORDER BY id") == [("from the backup",), ("new",)]
+
+
+def test_a_connection_that_comes_back_too_late_is_not_used_again(path, store):
+    restored = path.with_name("backup.db")
+    with SQLiteTokenStore(restored) as backup:
+        key, _ = create(backup)
+    create(store)
+    pool = store._connections._pools.get()
+
+    class Idle(list):
+        def append(self, connection):
+            # Another thread may do this when it was found that the connection can be kept.
+            if restored.exists():
+                put_in_place(restored, path)
+                store.charge(key, 1)
+            super().append(connection)
+
+    pool.idle = Idle(pool.idle)
+    store.get(key)
+    assert store.charge(key, 10).total_used == 11
+    assert sql(path, "SELECT total_used FROM tokens") == [(11,)]
 
 
 def test_a_writer_elsewhere_hinders_writing_and_not_reading(path):

@@ -235,11 +235,14 @@ class Connections:
             raise self._is_closed()
         if write or time.monotonic() >= pool.check_at:
             self._check_file(pool, box)
-        if not box:
+        while not box:
             try:
                 box.append(pool.idle.pop())
             except IndexError:
                 self._open(pool, box)
+            else:
+                if box[0].epoch is not pool.epoch:  # it came back while another thread closed the pool
+                    close_all(box)
 
     def _check_file(self, pool: _Pool, box: Box) -> None:
         """Make sure that the connections of a pool have the file open that is at the path now.
