@@ -27,8 +27,11 @@ from sqlite_files import (
     watch_connections,
 )
 
-from usage_middleware import SQLiteTokenStore, StoreError, forks
+from usage_middleware import QuotaError, SQLiteTokenStore, StoreError, forks
 from usage_middleware.stores.sqlite import connections
+from usage_middleware.stores.sqlite.handle import Handle
+
+LEFT_TO_ITS_PARENT = "{} was in use when this process was forked; its parent goes on with the call"
 
 # --- Fork
 
@@ -131,7 +134,7 @@ def test_a_fork_by_c_code_leaves_a_child_without_the_database(path):
         assert [token.name for token in store.tokens()] == ["parent", "parent, afterwards"]
 
 
-def fork_in_a_transaction(path, by):
+def fork_in_a_transaction(path, by, said_by_parent):
     """Forks in the middle of what a transaction does, as a signal handler may."""
     forks._PATIENCE = 0.05
     opened = watch_connections()
@@ -144,15 +147,15 @@ def fork_in_a_transaction(path, by):
         children.append(os.fork() if by == "Python" else ctypes.CDLL(None).fork())
         if children[0] == 0:
             connection.set_trace_callback(lambda statement: print(statement, flush=True))
+        if said_by_parent:
+            raise QuotaError(said_by_parent)
 
-    said = None
+    said = ""
     try:
         store._transact(work)
-    except StoreError as error:
+    except (StoreError, QuotaError) as error:
         said = str(error)
-    assert said == (
-        None if children[0] else f"{path} was in a transaction when this process was forked; its parent goes on with it"
-    )
+    assert said == (said_by_parent if children[0] else LEFT_TO_ITS_PARENT.format(path))
     if children[0] == 0:
         end_within(60)
         del connection
@@ -170,9 +173,47 @@ def fork_in_a_transaction(path, by):
 
 
 @needs_proc
-@pytest.mark.parametrize("by", ["Python", "C"])
-def test_a_child_that_is_forked_in_a_transaction_leaves_it_to_its_parent(path, by):
-    assert in_a_process(fork_in_a_transaction, path, by) == ""
+@pytest.mark.parametrize(("by", "said_by_parent"), [("Python", ""), ("C", ""), ("Python", "refused")])
+def test_a_child_that_is_forked_in_a_transaction_leaves_it_to_its_parent(path, by, said_by_parent):
+    assert in_a_process(fork_in_a_transaction, path, by, said_by_parent) == ""
+
+
+def fork_in_a_call(path, method, *arguments):
+    """Forks before a call has its connection, or just after that, as a signal handler may."""
+    forks._PATIENCE = 0.05
+    store = SQLiteTokenStore(path)
+    key, _ = create(store)
+    lend = store._connections._lend
+    children = []
+
+    def lend_and_fork(pool, box, **options):
+        if method == "charge":
+            lend(pool, box, **options)
+        children.append(os.fork())
+        if children[0]:
+            assert os.waitpid(children[0], 0)[1] == 0
+        else:
+            end_within(60)
+        if method == "get":
+            lend(pool, box, **options)
+
+    store._connections._lend = lend_and_fork
+    said = ""
+    try:
+        getattr(store, method)(key, *map(int, arguments))
+    except StoreError as error:
+        said = str(error)
+    if children[0] == 0:
+        assert said == LEFT_TO_ITS_PARENT.format(path)
+        # It has not taken the lock, which no process would get before this one exits.
+        assert not any(handle.connection.in_transaction for handle in forks.inherited(Handle))
+        sys.exit()
+    assert said == ""
+
+
+@pytest.mark.parametrize("call", [("charge", 1), ("get",)], ids=["charge", "get"])
+def test_a_child_that_is_forked_in_a_call_leaves_it_to_its_parent(path, call):
+    in_a_process(fork_in_a_call, path, *call)
 
 
 @pytest.mark.slow
@@ -293,3 +334,50 @@ def test_a_fork_while_a_thread(path, method, lock, created):
     with SQLiteTokenStore(path) as store:
         assert len(list(store.tokens())) == 1 + created
     assert sql(path, "PRAGMA integrity_check") == [("ok",)]
+
+
+def fork_while_it_waits(path):
+    """Forks while a call waits for the lock of another process, as a signal handler may."""
+    store = SQLiteTokenStore(path)
+    children = []
+
+    def sleep(seconds):
+        if not children:
+            children.append(os.fork())
+            print("forked", flush=True)
+        time.sleep(seconds)
+
+    connections.time = types.SimpleNamespace(monotonic=time.monotonic, sleep=sleep)
+    said = None
+    try:
+        store.rotate(1)
+    except StoreError as error:
+        said = str(error)
+    if children[0] == 0:
+        end_within(60)
+        assert said == LEFT_TO_ITS_PARENT.format(path)
+        assert store.get_by_id(1)
+        sys.exit()
+    assert os.waitpid(children[0], 0)[1] == 0
+    assert said is None
+    # If both had given it the same key, that would be among the retired ones now.
+    store.rotate(1)
+
+
+def test_a_child_that_is_forked_while_a_call_waits_leaves_it_to_its_parent(path):
+    with SQLiteTokenStore(path) as store:
+        create(store)
+    with another_process(path, "BEGIN IMMEDIATE"):
+        process = subprocess.Popen(
+            process_of(fork_while_it_waits, path),
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout.readline() == "forked\n", process.communicate()
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, errors) == (0, ""), errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sqlite3
 import time
@@ -33,9 +34,10 @@ _Result = TypeVar("_Result")
 class _Pool:
     """The connections of one process to the file at a path."""
 
-    __slots__ = ("check_at", "epoch", "existed", "file", "idle", "queue")
+    __slots__ = ("check_at", "epoch", "existed", "file", "idle", "process", "queue")
 
     def __init__(self) -> None:
+        self.process = os.getpid()
         self.idle: Box = []
         self.queue = WriteQueue()
         self.file: tuple[int, int] | None = None  # the file that the connections have open
@@ -152,7 +154,7 @@ class Connections:
             committed = []  # another transaction
             self._begin(pool, turn.box)
             result = self._work(pool, turn.box, turn.unit.work)
-        self._commit(turn.box, committed)
+        self._commit(pool, turn.box, committed)
         pool.take_back(turn.box)
         return result
 
@@ -175,6 +177,7 @@ class Connections:
         try:
             return work(box[0].connection)
         except QuotaError:  # a refusal is an answer, so the connection can be used again
+            self._check_process(pool)
             with suppress(sqlite3.Error):
                 box[0].connection.rollback()
                 pool.take_back(box)
@@ -204,6 +207,7 @@ class Connections:
             try:
                 self._lend(pool, box, write=True)
                 is_lent = True
+                self._check_process(pool)  # or the child would have the lock until it exits
                 # IMMEDIATE, because a deferred transaction that turns into a write fails at once if another has written
                 # meanwhile, whatever the timeout is (sqlite.org/lang_transaction.html, section 2.2).
                 box[0].connection.execute("BEGIN IMMEDIATE")
@@ -215,12 +219,9 @@ class Connections:
                 close_all(box)
                 since = self._wait(error, since, is_transient=is_transient)
 
-    def _commit(self, box: Box, committed: list[object]) -> None:
+    def _commit(self, pool: _Pool, box: Box, committed: list[object]) -> None:
         """Commit, and add an entry to ``committed`` in the same step."""
-        if box[0].is_inherited:
-            raise StoreError(
-                f"{self._path} was in a transaction when this process was forked; its parent goes on with it"
-            )
+        self._check_process(pool)
         since = 0.0
         while True:
             try:
@@ -250,6 +251,7 @@ class Connections:
         A file that is removed or replaced lives on for a process that has it open. What is written there is lost, and
         SQLite does not report it (sqlite.org/howtocorrupt.html, section 2.4).
         """
+        self._check_process(pool)
         if pool.file is None or pool.file != identity(self._path):
             pool.close()
             inherited = forks.inherited(Handle)
@@ -260,6 +262,11 @@ class Connections:
                 )
             self._prepare(pool, box)
         pool.check_at = time.monotonic() + _CHECK_INTERVAL
+
+    def _check_process(self, pool: _Pool) -> None:
+        """Make sure that the call began in this process: a call that a child goes on with would be made twice."""
+        if pool.process != os.getpid():
+            raise StoreError(f"{self._path} was in use when this process was forked; its parent goes on with the call")
 
     def _prepare(self, pool: _Pool, box: Box) -> None:
         """Put the first connection into a box. Create or upgrade the tables, or check them if it is read-only."""
