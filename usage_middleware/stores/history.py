@@ -160,10 +160,13 @@ class History(StoreHooks):
 
         def work(transaction: Transaction) -> None:
             account = transaction.load(Lookup(token_id=token_id, now=before, most_lapsed=MOST_LAPSED))
-            if account is not None:  # A deleted token's reservations hold nothing.
-                _, due = rules.bring_up_to_date(account, self._now(), renewal_id=renewal_id)
-                if due is not None:
-                    transaction.save(due)
+            if account is None:
+                # Another program has removed the token, or its reservations would hold nothing.
+                transaction.delete(token_id)
+                return
+            _, due = rules.bring_up_to_date(account, self._now(), renewal_id=renewal_id)
+            if due is not None:
+                transaction.save(due)
 
         self._transact(work)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import resource
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -373,3 +374,10 @@ def test_an_interrupted_call_releases_the_lock(path, store, error):
         store._transact(work)
     assert store.get(key) == token
     sql(path, "PRAGMA busy_timeout = 0", "BEGIN IMMEDIATE", "ROLLBACK")
+
+
+def test_a_reservation_of_a_token_that_another_program_has_removed_is_pruned(path, store):
+    key, _ = create(store)
+    store.reserve(key, 1, expires_in=1e-6)
+    sql(path, "DELETE FROM tokens")
+    assert store.prune(time.time() + 1) == 1
