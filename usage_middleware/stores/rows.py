@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
+from datetime import date
 from typing import Any, Final
 
 from ..errors import DamagedToken
@@ -93,6 +94,17 @@ def changed_values(before: Token, after: Token) -> dict[str, Any]:
 
 def _value(token: Token, name: str) -> Any:
     return encode_model_limits(token.model_limits) if name == "model_limits" else getattr(token, name)
+
+
+def day_of(text: str, token_id: int) -> date:
+    """Return the day of a token's usage by day.
+
+    :raises DamagedToken: another program has written what is not a day.
+    """
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise DamagedToken(token_id, f"its usage is booked on {text!r}, which is not a day") from None
 
 
 def operation_of(row: Sequence[Any]) -> Operation:

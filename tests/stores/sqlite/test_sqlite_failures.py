@@ -5,6 +5,7 @@ import os
 import resource
 import time
 from contextlib import contextmanager
+from datetime import date
 
 import pytest
 from client import ask, wrapped
@@ -301,6 +302,18 @@ def test_the_message_about_a_damaged_row_says_which(path, store):
     sql(path, f"UPDATE tokens SET model_limits = '[]' WHERE id = {token.id}")
     with pytest.raises(StoreError, match=rf"token {token.id} is damaged.*model_limits"):
         store.get(key)
+
+
+def test_a_day_that_another_program_has_damaged_is_named(path, store):
+    key, token = create(store)
+    store.charge(key, 1)
+    sql(path, "UPDATE usage_by_day SET day = '2023-99-99'")
+    for read in (
+        lambda: store.usage_by_day(token.id, date(2023, 1, 1), date(2024, 1, 1)),
+        lambda: list(store.records()),
+    ):
+        with pytest.raises(StoreError, match=rf"token {token.id} is damaged.*'2023-99-99', which is not a day"):
+            read()
 
 
 @contextmanager

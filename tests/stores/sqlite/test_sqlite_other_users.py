@@ -221,7 +221,7 @@ def test_another_user_reads_while_its_owner_opens_and_closes_it(owned, full):
     with SQLiteTokenStore(path) as store:
         store.grant(1, 10**9)
 
-    seconds = 60 if full else 3
+    seconds = 40 if full else 3  # another user lives for a minute
 
     def read():
         seen = []

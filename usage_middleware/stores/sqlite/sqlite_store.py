@@ -17,7 +17,7 @@ from ...usage import DayUsage
 from ..base import QuotaStore
 from ..findings import Finding
 from ..migrations import TablesState, WrongTables
-from ..rows import operation_of, token_of
+from ..rows import day_of, operation_of, token_of
 from ..transaction import Transaction
 from . import reading, sqlite_errors, statements
 from .connections import Connections
@@ -132,7 +132,7 @@ class SQLiteTokenStore(QuotaStore):
         # once.
         days = first_day.isoformat(), last_day.isoformat()
         rows = self._connections.read(statements.USAGE_BY_DAY, (token_id, *days))
-        parsed = {day: date.fromisoformat(day) for day in {row[0] for row in rows}}
+        parsed = {day: day_of(day, token_id) for day in {row[0] for row in rows}}
         make = DayUsage._make
         return [make((parsed[day], m, used, requests, i, o)) for day, m, used, requests, i, o in rows]
 

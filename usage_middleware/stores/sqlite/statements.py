@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from datetime import date
 from typing import Final
 
 from ...accounts import Account, Changes, Lookup
@@ -19,6 +18,7 @@ from ..rows import (
     TOKEN_COLUMNS,
     changed_operation_values,
     changed_values,
+    day_of,
     operation_of,
     operation_values,
     records_of,
@@ -122,7 +122,7 @@ def records(connection: sqlite3.Connection, after: int, size: int) -> list[Token
         return []
     ids = page[0][0].id, page[-1][0].id
     days = (
-        (token_id, DayUsage(date.fromisoformat(day), *figures))
+        (token_id, DayUsage(day_of(day, token_id), *figures))
         for token_id, day, *figures in connection.execute(_USAGES_BY_DAY, ids)
     )
     return records_of(page, connection.execute(_MODEL_USAGES, ids), days)
