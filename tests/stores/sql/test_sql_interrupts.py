@@ -129,7 +129,11 @@ def charge_among_signals(url, key, own, seconds, seed):
     store = SQLAlchemyTokenStore(url if own == "url" else engine_of_a_host(url))
     end = time.monotonic() + float(seconds)
 
+    number = interrupts = 0
+
     def interrupt(*_):
+        nonlocal interrupts
+        interrupts += 1
         raise Interrupt
 
     def charge(number):
@@ -147,19 +151,19 @@ def charge_among_signals(url, key, own, seconds, seed):
 
     signal.signal(signal.SIGALRM, interrupt)
     charge(0)
-    number = interrupts = 0
     while time.monotonic() < end or interrupts < 5:
         number += 1
+        before = interrupts
         try:
             signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.00005, 0.01))
             try:
-                while True:
+                while interrupts == before:  # One that arrives in a finalizer goes no further.
                     check()
                     charge(number)
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except Interrupt:
-            interrupts += 1
+            pass
         check()
         used = charge(number).total_used
         assert used == number + 1, (used, number)
