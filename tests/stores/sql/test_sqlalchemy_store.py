@@ -348,6 +348,7 @@ def test_a_request_uses_the_index(database, store):
     [
         pytest.param({}, id="default"),
         pytest.param({"isolation_level": "AUTOCOMMIT"}, id="AUTOCOMMIT"),
+        pytest.param({"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True}, id="no rollback"),
         pytest.param({"isolation_level": "REPEATABLE READ"}, id="REPEATABLE READ"),
         pytest.param({"isolation_level": "SERIALIZABLE"}, id="SERIALIZABLE"),
         pytest.param({"poolclass": NullPool}, id="no pool"),

@@ -47,7 +47,8 @@ class Manners:
     begin_preparing: tuple[str, ...] = ()
     #: The statements that begin a transaction that reads all of one moment.
     begin_reading: tuple[str, ...] = ()
-    #: Whether COMMIT and ROLLBACK are sent as statements, because a driver in autocommit mode may not send them.
+    #: Whether COMMIT and ROLLBACK are sent as statements, because in autocommit mode a driver, or SQLAlchemy with
+    #: ``skip_autocommit_rollback``, may not send them.
     is_explicit: bool = False
 
 
@@ -63,6 +64,7 @@ def manners(engine: Engine, *, is_own: bool) -> Manners:
             begin=(*isolation, "START TRANSACTION"),
             begin_preparing=("SET SESSION autocommit = 0",),
             begin_reading=(f"SET TRANSACTION {_REPEATABLE_READ}", "START TRANSACTION READ ONLY"),
+            is_explicit=not is_own,
         )
     if engine.dialect.name not in POSTGRESQL:
         return Manners()
