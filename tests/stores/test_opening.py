@@ -238,6 +238,7 @@ def test_without_sqlalchemy_everything_else_works(tmp_path):
         pytest.param("charset=no-charset", "option", id="impossible"),
         pytest.param("connect_timeout=-1", "option", id="out of range"),
         pytest.param("ssl_ca=no-file", "FileNotFoundError", id="no such file"),
+        pytest.param("ssl_ca=/dev/null", "SSLError", id="no certificate"),
     ],
 )
 def test_an_option_of_a_url_that_the_driver_does_not_take(option, says):

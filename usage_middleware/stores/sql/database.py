@@ -33,7 +33,7 @@ ANSWERS_WITHIN: Final = 0.005
 # Drivers whose cursors take names as %(name)s.
 _PLAIN_CURSORS: Final = ("psycopg", "pymysql")
 # What drivers raise for an option that they do not know or whose value is wrong, before they connect.
-_OF_OPTIONS: Final = (TypeError, ValueError, AttributeError, FileNotFoundError, PermissionError)
+_OF_OPTIONS: Final = (TypeError, ValueError, AttributeError, RuntimeError, OSError)
 _ATTEMPTS: Final = 10
 _LONGEST_PAUSE: Final = 0.5  # seconds
 # A step of a migration may rewrite a large table.
