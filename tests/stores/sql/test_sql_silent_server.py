@@ -156,6 +156,33 @@ def test_a_network_that_drops_everything(database_server, database_url):
         engine.dispose()
 
 
+def test_what_an_owners_engine_asks_by_itself(database, store):
+    """SQLAlchemy asks a new server for its version, and tests a pooled connection before it is used."""
+    store.count()
+    with (
+        ThreadPoolExecutor(2) as threads,
+        closing(Proxy(database.server.port)) as new,
+        closing(Proxy(database.server.port)) as pooled,
+    ):
+        url = make_url(database.url)
+        engines = [create_engine(url.set(port=new.port)), create_engine(url.set(port=pooled.port), pool_pre_ping=True)]
+        stores = [SQLAlchemyTokenStore(engine, timeout=TIMEOUT) for engine in engines]
+        with engines[1].connect():
+            pass
+        pooled.fall_silent()
+
+        def cut_query(chunk, is_request):
+            if is_request and b"select" in chunk.lower():
+                new.fall_silent()
+
+        new.cut = cut_query
+        calls = [threads.submit(seconds_of, partial(store.get, "sk-key"), "did not answer") for store in stores]
+        for call in calls:
+            assert call.result(TIMEOUT + SLACK) < TIMEOUT + SLACK
+        for engine in engines:
+            engine.dispose()
+
+
 @pytest.mark.parametrize("driver", ["postgresql", "mysql"])
 def test_a_place_that_becomes_free_too_late_is_not_connected_with(driver, monkeypatch):
     def take_place(pool):
@@ -194,7 +221,10 @@ def accepted(listening):
             yield
 
 
-def test_a_name_with_two_addresses(monkeypatch):
+@pytest.mark.parametrize(
+    "host", ["two.test:{port}/name", "/name?host=127.0.0.1:{port}&host=127.0.0.2:{port}"], ids=["name", "hosts"]
+)
+def test_two_addresses(monkeypatch, host):
     """All attempts together take no longer than one would."""
     listening = [socket.create_server(("127.0.0.1", 0))]
     port = listening[0].getsockname()[1]
@@ -207,7 +237,7 @@ def test_a_name_with_two_addresses(monkeypatch):
         return [found for address in ("127.0.0.1", "127.0.0.2") for found in resolve(address, *rest, **options)]
 
     monkeypatch.setattr(socket, "getaddrinfo", both)
-    with SQLAlchemyTokenStore(f"postgresql://user:secret@two.test:{port}/name", timeout=4) as store:
+    with SQLAlchemyTokenStore(f"postgresql://user:secret@{host.format(port=port)}", timeout=4) as store:
         assert seconds_of(lambda: store.get("sk-key"), "timeout") < 4 + SLACK
     for each in listening:
         each.close()

@@ -19,7 +19,7 @@ from ...errors import StoreError, UsageMiddlewareError
 from .attempts import Attempt, Stage
 from .batches import Batches
 from .dialects import check_timeout, manners, parse_url, split_timeout
-from .engines import Deadline, engine_of_each_process
+from .engines import DEADLINE, engine_of_each_process
 from .failures import Failures, has_rolled_back, is_refused
 from .pool import IN_USE
 from .session import Session
@@ -70,9 +70,8 @@ class Database:
         if self.dialect not in dialects:
             remedy = "; SQLite has SQLiteTokenStore" if self.dialect == "sqlite" else ""
             raise ValueError(f"{self.dialect} is not one of {', '.join(dialects)}, which this store is for{remedy}")
-        self._deadline = Deadline()
         self._engines = engine_of_each_process(
-            url_or_engine if isinstance(url_or_engine, Engine) else url, self.timeout, self._deadline
+            url_or_engine if isinstance(url_or_engine, Engine) else url, self.timeout
         )
         engine = self._engine
         if engine.dialect.is_async:
@@ -276,7 +275,7 @@ class Database:
         number = 1
         while True:
             attempt = Attempt(number, until)
-            self._deadline.until = until
+            DEADLINE.until = until
             try:
                 return once(attempt)
             except self._failures.caught as error:
@@ -289,7 +288,7 @@ class Database:
                 reason = str(error) if isinstance(error, TypeError) else type(error).__name__
                 raise StoreError(f"{self.name}: the driver does not take an option of the URL: {reason}") from None
             finally:
-                self._deadline.until = 0.0
+                DEADLINE.until = 0.0
             if number > 1:
                 time.sleep(random.uniform(0, min(0.005 * 2**number, _LONGEST_PAUSE)))
             number += 1

@@ -119,7 +119,7 @@ def watch_connections(engine: Engine) -> None:
     """
     event.listen(engine, "reset", _close_interrupted)
     event.listen(engine, "checkout", _refuse_interrupted)
-    event.listen(engine, "checkin", _end_deadline)
+    event.listen(engine, "checkin", end_deadline)
 
 
 def _close_interrupted(dbapi_connection: Any, entry: ConnectionPoolEntry, state: Any) -> None:
@@ -134,7 +134,7 @@ def _refuse_interrupted(dbapi_connection: Any, entry: ConnectionPoolEntry, proxi
         raise DisconnectionError("a store was interrupted while it used this connection")
 
 
-def _end_deadline(dbapi_connection: Any, entry: ConnectionPoolEntry) -> None:
+def end_deadline(dbapi_connection: Any, entry: ConnectionPoolEntry) -> None:
     set_deadline = entry.info.pop(SET_DEADLINE, None)
     if set_deadline is not None:
         set_deadline(None)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator
 from contextlib import suppress
 from typing import Any, Final
 
-from sqlalchemy import URL, Engine, event
+from sqlalchemy import Engine, event
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from ... import forks
@@ -130,7 +130,7 @@ def limit_connecting(engine: Engine, seconds_left: Callable[[], float | None]) -
         if left <= 0:  # A place in the pool became free too late. A driver takes 0 for "no timeout".
             raise PoolTimeoutError("no time is left to connect")
         if engine.driver in _HAVE_CONNECT_TIMEOUT:
-            parameters.setdefault("connect_timeout", _each_attempt(engine.url, left))
+            parameters.setdefault("connect_timeout", _each_attempt(parameters, left))
         limits = {}
         if engine.driver == "pymysql":
             # It waits for a greeting as it waits for an answer. What is added here ends when it is connected.
@@ -148,15 +148,20 @@ def limit_connecting(engine: Engine, seconds_left: Callable[[], float | None]) -
     event.listen(engine, "do_connect", connect)
 
 
-def _each_attempt(url: URL, seconds: float) -> int:
+def _each_attempt(parameters: dict[str, Any], seconds: float) -> int:
     """Return how long each attempt may take, so that all of them together take no longer than ``seconds``.
 
-    Drivers try the addresses of a host one after the other, each with the whole timeout. A name such as
-    ``localhost`` often has two.
+    Drivers try hosts and their addresses one after the other, each with the whole timeout. PostgreSQL's drivers take
+    several hosts, and a name such as ``localhost`` often has two addresses.
     """
-    addresses = 1
-    if url.host and not url.host.startswith("/"):
-        with suppress(OSError):  # The driver reports what is wrong with the name.
-            addresses = len({found[4] for found in socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)})
+    hosts = str(parameters.get("host") or "").split(",")
+    addresses = sum(_count_addresses(host) for host in hosts)
     # Whole seconds, as libpq has it, which takes 1 for 2.
     return max(int(seconds / addresses), 1)
+
+
+def _count_addresses(host: str) -> int:
+    if host and not host.startswith("/"):
+        with suppress(OSError):  # The driver reports what is wrong with the name.
+            return len({found[4] for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)})
+    return 1
