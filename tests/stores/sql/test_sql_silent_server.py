@@ -237,8 +237,8 @@ def test_two_addresses(monkeypatch, host):
         return [found for address in ("127.0.0.1", "127.0.0.2") for found in resolve(address, *rest, **options)]
 
     monkeypatch.setattr(socket, "getaddrinfo", both)
-    with SQLAlchemyTokenStore(f"postgresql://user:secret@{host.format(port=port)}", timeout=4) as store:
-        assert seconds_of(lambda: store.get("sk-key"), "timeout") < 4 + SLACK
+    with SQLAlchemyTokenStore(f"postgresql://user:secret@{host.format(port=port)}", timeout=6) as store:
+        assert seconds_of(lambda: store.get("sk-key"), "timeout") < 6 + SLACK
     for each in listening:
         each.close()
 
