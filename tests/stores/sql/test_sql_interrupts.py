@@ -149,21 +149,19 @@ def charge_among_signals(url, key, own, seconds, seed):
         assert store.get(key).name == "holder", "another's answer"
         assert store.get("sk-unknown") is None, "another's answer"
 
+    def until_interrupted():
+        before = interrupts
+        signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.00005, 0.01))
+        while interrupts == before:  # One that arrives in a finalizer goes no further.
+            check()
+            charge(number)
+
     signal.signal(signal.SIGALRM, interrupt)
     charge(0)
     while time.monotonic() < end or interrupts < 5:
         number += 1
-        before = interrupts
-        try:
-            signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.00005, 0.01))
-            try:
-                while interrupts == before:  # One that arrives in a finalizer goes no further.
-                    check()
-                    charge(number)
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-        except Interrupt:
-            pass
+        with suppress(Interrupt):
+            until_interrupted()
         check()
         used = charge(number).total_used
         assert used == number + 1, (used, number)

@@ -344,7 +344,8 @@ def fork_while_it_waits(path):
     def sleep(seconds):
         if not children:
             children.append(os.fork())
-            print("forked", flush=True)
+            if children[0]:
+                print("forked", flush=True)
         time.sleep(seconds)
 
     connections.time = types.SimpleNamespace(monotonic=time.monotonic, sleep=sleep)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,12 +43,16 @@ class Browser:
             options.add_argument(argument)
         options.binary_location = find_program("chromium", "chromium")
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        self.driver = webdriver.Chrome(
-            options=options, service=Service(find_program("chromedriver", "chromium-driver"))
+        # Chromium leaves something in the folder of temporary files.
+        self._folder = tempfile.TemporaryDirectory(prefix="usage-middleware-", ignore_cleanup_errors=True)
+        driver = Service(
+            find_program("chromedriver", "chromium-driver"), env={**os.environ, "TMPDIR": self._folder.name}
         )
+        self.driver = webdriver.Chrome(options=options, service=driver)
 
     def close(self) -> None:
         self.driver.quit()
+        self._folder.cleanup()
 
     def new_tab(self, *, language: str = "en-US", dark: bool = False, width: int = 1000) -> None:
         """Open a new tab without stored data, in a window of that width, and close the old tab."""
