@@ -53,8 +53,10 @@ class PerProcess(Generic[_Value]):
     def get(self) -> _Value:
         """Return the value of this process."""
         process = os.getpid()
-        value = self._values.get(process)
-        return self._values.setdefault(process, self._make()) if value is None else value
+        try:
+            return self._values[process]
+        except KeyError:
+            return self._values.setdefault(process, self._make())
 
     def peek(self) -> _Value | None:
         """Return the value of this process if it has one."""

@@ -92,7 +92,8 @@ class Token:
         ):
             self._check_fields()
         # A copy, so that the token does not change with the mapping that it was made from.
-        object.__setattr__(self, "model_limits", _checked_limits(self.model_limits))
+        limits = self.model_limits
+        object.__setattr__(self, "model_limits", {} if limits == {} else _checked_limits(limits))
 
     def _check_fields(self) -> None:
         for name in _INTEGER_FIELDS:
@@ -159,8 +160,6 @@ def _check_text(name: str, value: object) -> None:
 def _checked_limits(limits: object) -> dict[str, int | bool]:
     if type(limits) is not dict and not isinstance(limits, Mapping):  # an ABC takes longer to ask
         raise TypeError(f"Token.model_limits must be a mapping of model names, got {limits!r}")
-    if not limits:
-        return {}
     checked = dict(limits)
     for model, limit in checked.items():
         _check_text("model_limits", model)
@@ -194,7 +193,7 @@ def wire_form(token: Token) -> str:
         token.total_used,
         token.total_available,
         "true" if token.unlimited_quota else "false",
-        encode_model_limits(token.model_limits),
+        encode_model_limits(token.model_limits) if token.model_limits else "{}",
         "true" if token.model_limits_enabled else "false",
         token.expires_at if token.expires_at > 0 else 0,
     )

@@ -27,7 +27,7 @@ DAY_COUNTS: Final = ("requests", "input_tokens", "output_tokens")
 _TOKEN_ROW: Final = ("id", *TOKEN_COLUMNS)
 _OPERATION_ROW: Final = ("number", *OPERATION_COLUMNS)
 # SQLite and MySQL have no other booleans than 0 and 1.
-_BOOLEANS: Final = [_TOKEN_ROW.index(name) for name in BOOLEAN_FIELDS]
+_BOOLEANS: Final = tuple(_TOKEN_ROW.index(name) for name in BOOLEAN_FIELDS)
 _MODEL_LIMITS: Final = _TOKEN_ROW.index("model_limits")
 _SET_FIELDS: Final = [getattr(Token, name).__set__ for name in _TOKEN_ROW]
 

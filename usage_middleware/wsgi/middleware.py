@@ -113,11 +113,11 @@ class UsageMiddleware:
             path = ""  # PEP 3333: it may be absent if it would be empty.
         # A server makes a new str for each request, and hashing it costs more than the rest of this method. So a
         # comparison sorts out most requests first; the look-up alone would give the same result.
-        if path > self._last_path or path < self._first_path or path not in self._endpoints:
+        if path > self._last_path or path < self._first_path or (endpoint := self._endpoints.get(path)) is None:
             app = self.app  # CPython 3.11 calls a local faster than an attribute.
             return app(environ, start_response)
 
-        return send(self._endpoints[path](environ), environ, start_response)
+        return send(endpoint(environ), environ, start_response)
 
 
 def _raw_path(what: str, path: str) -> str:

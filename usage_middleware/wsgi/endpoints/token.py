@@ -15,4 +15,4 @@ class UsageEndpoint(TokenEndpoint):
     """Answer with a token's usage. The query is ignored."""
 
     def describe(self, token: Token, environ: WSGIEnvironment) -> str:
-        return '{"code":true,"message":"ok","data":%s}' % wire_form(token)
+        return f'{{"code":true,"message":"ok","data":{wire_form(token)}}}'
