@@ -31,7 +31,7 @@ ARGUMENTS = ("--headless=new", "--no-sandbox", "--disable-background-networking"
 def main() -> None:
     clock = PastClock()
     store = MemoryTokenStore(clock=clock)
-    limits = {"gpt-4o": 500_000, "gpt-4o-mini": 200_000, "claude-sonnet-4": True}
+    limits = {"gpt-4o": 500_000, "gpt-4o-mini": 200_000, "gemini-pro": True}
     key, _ = store.create(name="Laptop", total_available=1_000_000, model_limits=limits)
     use(store, clock, key, 412_345)
     server = make_server("127.0.0.1", 0, UsageMiddleware(NotFound(), store, page="/"), threaded=True)

@@ -267,8 +267,8 @@ def test_prices_are_exact(fresh, cached, output, prices):
         ("gpt-4o-latest", 20),
         ("gpt-4o-mini", 7),
         ("gpt-4o-mini-2024-07-18", 7),
-        ("claude-sonnet-4-20250514", 30),
-        ("claude-sonnet-4@20250514", 30),
+        ("large-4-20250514", 30),
+        ("large-4@20250514", 30),
         ("gemini-pro-001", 40),
         ("gpt-4o-audio", 2),
         ("gpt-4", 2),
@@ -281,7 +281,7 @@ def test_a_model_has_the_price_of_its_name_without_a_version(model, units):
     models = {
         "gpt-4o": Prices(input=10, output=10),
         "gpt-4o-mini": Prices(input=3, output=4),
-        "claude-sonnet-4": Prices(input=15, output=15),
+        "large-4": Prices(input=15, output=15),
         "gemini-pro": Prices(input=20, output=20),
     }
     cost = LLMUsage(most=MOST, models=models)

@@ -106,7 +106,7 @@ def metered():
 
 
 @pytest.fixture
-def gpt(metered):
+def openai_client(metered):
     import openai
 
     with openai.OpenAI(base_url=f"{metered.url}/v1", api_key=f"sk-{KEY}") as client:
@@ -114,70 +114,70 @@ def gpt(metered):
 
 
 @pytest.fixture
-def claude(metered):
+def anthropic_client(metered):
     import anthropic
 
     with anthropic.Anthropic(base_url=metered.url, api_key=KEY) as client:
         yield client
 
 
-def test_a_chat_completion_is_charged(metered, gpt):
-    answer = gpt.chat.completions.create(model="gpt-4o", messages=MESSAGES)
+def test_a_chat_completion_is_charged(metered, openai_client):
+    answer = openai_client.chat.completions.create(model="gpt-4o", messages=MESSAGES)
     assert answer.choices[0].message.content == "Hello"
     assert answer.usage.total_tokens == metered.used == 29
     assert metered.settlement.model == "gpt-4o"
 
 
 @pytest.mark.parametrize("options", [{}, {"stream_options": {"include_usage": False}}])
-def test_a_client_that_does_not_ask_for_usage_gets_none(metered, gpt, options):
+def test_a_client_that_does_not_ask_for_usage_gets_none(metered, openai_client, options):
     text = ""
-    for chunk in gpt.chat.completions.create(model="gpt-4o", messages=MESSAGES, stream=True, **options):
+    for chunk in openai_client.chat.completions.create(model="gpt-4o", messages=MESSAGES, stream=True, **options):
         text += chunk.choices[0].delta.content or ""  # as many programs do
         assert chunk.usage is None
     assert text == "Hello"
     assert metered.used == 29
 
 
-def test_a_client_that_asks_for_usage_gets_it(metered, gpt):
-    stream = gpt.chat.completions.create(
+def test_a_client_that_asks_for_usage_gets_it(metered, openai_client):
+    stream = openai_client.chat.completions.create(
         model="gpt-4o", messages=MESSAGES, stream=True, stream_options={"include_usage": True}
     )
     assert [chunk.usage.total_tokens for chunk in stream if chunk.usage] == [29]
     assert metered.used == 29
 
 
-def test_a_stream_is_charged_before_the_client_sees_its_end(metered, gpt):
+def test_a_stream_is_charged_before_the_client_sees_its_end(metered, openai_client):
     """When the client has seen the end, the endpoint already has the final total."""
-    stream = gpt.chat.completions.create(model="gpt-4o", messages=MESSAGES, stream=True)
+    stream = openai_client.chat.completions.create(model="gpt-4o", messages=MESSAGES, stream=True)
     for _ in stream:
         pass
     assert metered.token.total_used == 29
 
 
-def test_a_client_that_stops_reading_is_charged(metered, gpt):
-    with gpt.chat.completions.create(model="gpt-4o", messages=MESSAGES, stream=True) as stream:
+def test_a_client_that_stops_reading_is_charged(metered, openai_client):
+    with openai_client.chat.completions.create(model="gpt-4o", messages=MESSAGES, stream=True) as stream:
         next(iter(stream))
-    gpt.chat.completions.create(model="gpt-4o", messages=MESSAGES)
+    openai_client.chat.completions.create(model="gpt-4o", messages=MESSAGES)
     assert metered.used in (29 + 29, MOST + 29)
 
 
-def test_responses_are_charged(metered, gpt):
-    assert gpt.responses.create(model="gpt-4o", input="Hello").usage.total_tokens == 123
-    events = list(gpt.responses.create(model="gpt-4o", input="Hello", stream=True))
+def test_responses_are_charged(metered, openai_client):
+    assert openai_client.responses.create(model="gpt-4o", input="Hello").usage.total_tokens == 123
+    events = list(openai_client.responses.create(model="gpt-4o", input="Hello", stream=True))
     assert events[-1].response.usage.total_tokens == 123
     assert metered.used == 246
 
 
-def test_embeddings_are_charged(metered, gpt):
-    assert gpt.embeddings.create(model="e", input="Hello").data[0].embedding == [1.0]
+def test_embeddings_are_charged(metered, openai_client):
+    assert openai_client.embeddings.create(model="e", input="Hello").data[0].embedding == [1.0]
     assert metered.used == 8
 
 
-def test_messages_are_charged(metered, claude):
-    answer = claude.messages.create(model="claude-sonnet-4", max_tokens=9, messages=MESSAGES)
+def test_messages_are_charged(metered, anthropic_client):
+    answer = anthropic_client.messages.create(model="large-4", max_tokens=9, messages=MESSAGES)
     assert answer.content[0].text == "Hello"
     assert metered.used == 77
-    with claude.messages.stream(model="claude-sonnet-4", max_tokens=9, messages=MESSAGES) as stream:
+    with anthropic_client.messages.stream(model="large-4", max_tokens=9, messages=MESSAGES) as stream:
         assert stream.get_final_text() == "Hello"
         assert stream.get_final_message().usage.output_tokens == 15
     assert metered.used == 154
@@ -188,10 +188,12 @@ def chat(client):
 
 
 def message(client):
-    return client.messages.create(model="claude-sonnet-4", max_tokens=9, messages=MESSAGES)
+    return client.messages.create(model="large-4", max_tokens=9, messages=MESSAGES)
 
 
-@pytest.mark.parametrize(("name", "module", "send"), [("gpt", "openai", chat), ("claude", "anthropic", message)])
+@pytest.mark.parametrize(
+    ("name", "module", "send"), [("openai_client", "openai", chat), ("anthropic_client", "anthropic", message)]
+)
 class TestRefusals:
     @pytest.fixture
     def package(self, module):

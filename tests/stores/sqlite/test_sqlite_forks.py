@@ -276,6 +276,24 @@ def test_what_a_child_writes_after_its_parent_has_left_is_not_lost(path):
     assert sql(path, "PRAGMA integrity_check") == [("ok",)]
 
 
+def forks_beside(lock, function, path, *arguments):
+    """Run a function in a process that prints ``forked`` while another process has a lock on the database."""
+    with another_process(path, *lock):
+        process = subprocess.Popen(
+            process_of(function, path, *arguments),
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout.readline() == "forked\n", process.communicate()
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, errors) == (0, ""), errors
+
+
 def fork_in_the_middle(path, method, key):
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     make_database(f"{path}.other")  # what is imported when it is first needed is there then
@@ -317,20 +335,7 @@ def fork_in_the_middle(path, method, key):
 def test_a_fork_while_a_thread(path, method, lock, created):
     with SQLiteTokenStore(path) as store:
         key, _ = create(store)
-    with another_process(path, *lock):
-        process = subprocess.Popen(
-            process_of(fork_in_the_middle, path, method, key),
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout.readline() == "forked\n", process.communicate()
-    try:
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert (process.returncode, errors) == (0, ""), errors
+    forks_beside(lock, fork_in_the_middle, path, method, key)
     with SQLiteTokenStore(path) as store:
         assert len(list(store.tokens())) == 1 + created
     assert sql(path, "PRAGMA integrity_check") == [("ok",)]
@@ -368,17 +373,4 @@ def fork_while_it_waits(path):
 def test_a_child_that_is_forked_while_a_call_waits_leaves_it_to_its_parent(path):
     with SQLiteTokenStore(path) as store:
         create(store)
-    with another_process(path, "BEGIN IMMEDIATE"):
-        process = subprocess.Popen(
-            process_of(fork_while_it_waits, path),
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout.readline() == "forked\n", process.communicate()
-    try:
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert (process.returncode, errors) == (0, ""), errors
+    forks_beside(["BEGIN IMMEDIATE"], fork_while_it_waits, path)

@@ -58,7 +58,7 @@ ANTHROPIC_STREAM = [
             "message": {
                 "id": "msg_1",
                 "type": "message",
-                "model": "claude-sonnet-4-20250514",
+                "model": "large-4-20250514",
                 "usage": {
                     "input_tokens": 25,
                     "cache_creation_input_tokens": 7,
@@ -87,7 +87,7 @@ ANTHROPIC_STREAM = [
 ANTHROPIC_BODY = {
     "id": "msg_1",
     "type": "message",
-    "model": "claude-sonnet-4-20250514",
+    "model": "large-4-20250514",
     "content": [{"type": "text", "text": "Hello"}],
     "stop_reason": "end_turn",
     "usage": {
